@@ -14,7 +14,8 @@
 #if defined(__CUDACC__)
 #define FLASHMASK_HD __host__ __device__ __forceinline__
 #else
-#define FLASHMASK_HD inline
+// Always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy would be shared by all.
+#define FLASHMASK_HD inline __attribute__((always_inline))
 #endif
 
 namespace flashmask {
@@ -117,6 +118,23 @@ struct ColumnTileSummary {
     if (lower.masks_all(row_begin, row_end) || upper.masks_all(row_begin, row_end)) return TileClass::kFullyMasked;
     if (lower.masks_none(row_begin, row_end) && upper.masks_none(row_begin, row_end)) return TileClass::kUnmasked;
     return TileClass::kPartial;
+  }
+  // The first row at or after `row_begin` at which a tile of `tile_rows` rows, on the grid of such tiles, may hold an
+  // unmasked element: a kernel that walks down a column tile jumps over whole masked row ranges.
+  FLASHMASK_HD int32_t skip_masked_rows(int32_t row_begin, int32_t tile_rows, int32_t seqlen_q) const {
+    while (row_begin < seqlen_q) {
+      const int32_t row_end = seqlen_q - row_begin < tile_rows ? seqlen_q : row_begin + tile_rows;
+      int32_t masked_end;
+      if (lower.masks_all(row_begin, row_end)) {
+        masked_end = lower.min_end;
+      } else if (upper.masks_all(row_begin, row_end)) {
+        masked_end = upper.min_end;
+      } else {
+        break;
+      }
+      row_begin = masked_end >= seqlen_q ? seqlen_q : masked_end / tile_rows * tile_rows;
+    }
+    return row_begin;
   }
 };
 
