@@ -121,8 +121,8 @@ FLASHMASK_API FlashmaskStatus flashmask_backward(const FlashmaskParams* params);
 // The dropout decisions of rows [0, seqlen_q) x columns [0, seqlen_k) of one head: keep[i * seqlen_k + j] is 1 or 0.
 // For tests and for reproducing a run elsewhere. Returns the factor that kept probabilities are multiplied with.
 FLASHMASK_API float flashmask_dropout_keep_mask(float dropout, int64_t seed, int64_t offset, int32_t batch_index,
-                                                int32_t head_index, int32_t heads_q, int32_t seqlen_q,
-                                                int32_t seqlen_k, uint8_t* keep);
+                                                int32_t head_index, int32_t heads_q, int32_t seqlen_q, int32_t seqlen_k,
+                                                uint8_t* keep);
 
 #ifdef __cplusplus
 }

@@ -14,7 +14,8 @@
 #if defined(__CUDACC__)
 #define FLASHMASK_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy would be shared by all.
+// Always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy would be shared by
+// all.
 #define FLASHMASK_HD inline __attribute__((always_inline))
 #endif
 
@@ -59,7 +60,8 @@ FLASHMASK_HD ColumnMask column_mask(const int32_t* bounds, int32_t num_bounds, b
     mask.lower = clipped_interval(bounds[0], has_lower_end ? bounds[1] : seqlen_q, seqlen_q);
   }
   if (causal) {
-    mask.upper = clipped_interval(0, static_cast<int64_t>(column) - (static_cast<int64_t>(seqlen_k) - seqlen_q), seqlen_q);
+    mask.upper =
+        clipped_interval(0, static_cast<int64_t>(column) - (static_cast<int64_t>(seqlen_k) - seqlen_q), seqlen_q);
   } else if (num_bounds == 4) {
     mask.upper = clipped_interval(bounds[2], bounds[3], seqlen_q);
   } else if (num_bounds == 2) {

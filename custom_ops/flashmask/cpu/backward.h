@@ -216,8 +216,8 @@ static void backward_typed(const CpuPlan& plan, const BackwardBuffers& buffers, 
   const int64_t groups = (int64_t)p.batch * p.heads_k;
   for (int64_t item = queue.claim(thread); item >= 0; item = queue.claim(thread)) {
     const int batch_head = (int)(item % groups);
-    backward_column_tile<T>(plan, buffers, dropout, queue, thread, item, batch_head / p.heads_k,
-                            batch_head % p.heads_k, (int)(item / groups), parts);
+    backward_column_tile<T>(plan, buffers, dropout, queue, thread, item, batch_head / p.heads_k, batch_head % p.heads_k,
+                            (int)(item / groups), parts);
   }
 }
 

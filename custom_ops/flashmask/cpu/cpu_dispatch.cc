@@ -17,8 +17,8 @@ int best_isa() {
 #if defined(FLASHMASK_X86)
   static const int best = [] {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       return FLASHMASK_ISA_AVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return FLASHMASK_ISA_AVX2;
@@ -119,7 +119,8 @@ int64_t cpu_forward_workspace_bytes(const FlashmaskParams&) { return 0; }
 int64_t cpu_backward_workspace_bytes(const FlashmaskParams& params) {
   const int64_t rows = static_cast<int64_t>(params.batch) * params.heads_q * params.seqlen_q;
   const int64_t delta = round_to_line(rows * static_cast<int64_t>(sizeof(float)));
-  const int64_t dq = params.dtype == FLASHMASK_FLOAT32 ? 0 : rows * params.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t dq =
+      params.dtype == FLASHMASK_FLOAT32 ? 0 : rows * params.head_dim * static_cast<int64_t>(sizeof(float));
   return delta + dq;
 }
 

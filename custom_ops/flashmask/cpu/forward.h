@@ -131,8 +131,8 @@ static void forward_row_tile(const CpuPlan& plan, const Dropout& dropout, int ba
                  s.k + (ptrdiff_t)first * s.ld_qk, s.ld_qk);
     load_rows<T>(p.v, batch, head_k, column + first, last - first, p.head_dim_v, padded_dim_v, 1.0f,
                  s.v + (ptrdiff_t)first * s.ld_v, s.ld_v);
-    gemm<Layout::kRowMajor, Store::kOverwrite>(last - first, padded_rows, p.head_dim,
-                                               s.k + (ptrdiff_t)first * s.ld_qk, s.ld_qk, s.q_transposed, s.ld_rows,
+    gemm<Layout::kRowMajor, Store::kOverwrite>(last - first, padded_rows, p.head_dim, s.k + (ptrdiff_t)first * s.ld_qk,
+                                               s.ld_qk, s.q_transposed, s.ld_rows,
                                                s.scores + (ptrdiff_t)first * s.ld_rows, s.ld_rows);
     if (tile_class == TileClass::kPartial) mask_scores(mask, s.scores, s.ld_rows);
 

@@ -71,7 +71,8 @@ FLASHMASK_INLINE void gemm_panel(int rows, int depth, const float* a, int lda, c
     gemm_micro<2, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
     i += 2;
   }
-  if (i < rows) gemm_micro<1, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
+  if (i < rows)
+    gemm_micro<1, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
 }
 
 // C[rows, columns] (+)= A[rows, depth] * B[depth, columns]; `columns` is a multiple of kLanes.

@@ -29,16 +29,18 @@ struct CpuPlan {
   int mask_head_of(int head) const { return mask_head(head, params.heads_q, params.heads_mask); }
   const int32_t* bounds_of(int batch, int head) const {
     if (params.num_bounds == 0) return nullptr;
-    return params.bounds + (static_cast<int64_t>(batch) * params.heads_mask + mask_head_of(head)) *
-                               params.seqlen_k * params.num_bounds;
+    return params.bounds +
+           (static_cast<int64_t>(batch) * params.heads_mask + mask_head_of(head)) * params.seqlen_k * params.num_bounds;
   }
   bool skips() const { return (params.flags & FLASHMASK_FLAG_NO_SKIP) == 0; }
 
   // Block class of a tile, the 128x128 block mask included.
   bool block_masked(int batch, int head, int row, int column) const {
     if (params.block_mask == nullptr) return false;
-    const int64_t rows = (static_cast<int64_t>(params.seqlen_q) + FLASHMASK_BLOCK_MASK_TILE - 1) / FLASHMASK_BLOCK_MASK_TILE;
-    const int64_t columns = (static_cast<int64_t>(params.seqlen_k) + FLASHMASK_BLOCK_MASK_TILE - 1) / FLASHMASK_BLOCK_MASK_TILE;
+    const int64_t rows =
+        (static_cast<int64_t>(params.seqlen_q) + FLASHMASK_BLOCK_MASK_TILE - 1) / FLASHMASK_BLOCK_MASK_TILE;
+    const int64_t columns =
+        (static_cast<int64_t>(params.seqlen_k) + FLASHMASK_BLOCK_MASK_TILE - 1) / FLASHMASK_BLOCK_MASK_TILE;
     const int64_t head_block = static_cast<int64_t>(batch) * params.heads_mask + mask_head_of(head);
     return params.block_mask[(head_block * rows + row / FLASHMASK_BLOCK_MASK_TILE) * columns +
                              column / FLASHMASK_BLOCK_MASK_TILE] == 0;

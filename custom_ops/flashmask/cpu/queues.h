@@ -59,8 +59,7 @@ class SlotQueue final : public OrderedQueue {
   static uint64_t pack(int64_t item, uint32_t position) { return static_cast<uint64_t>(item) << 32 | position; }
   bool blocks(uint64_t word, int64_t item, uint32_t position) const {
     const int64_t other = static_cast<int64_t>(word >> 32);
-    return word != kIdle && other < item && (item - other) % groups_ == 0 &&
-           static_cast<uint32_t>(word) <= position;
+    return word != kIdle && other < item && (item - other) % groups_ == 0 && static_cast<uint32_t>(word) <= position;
   }
 
   const int64_t items_;

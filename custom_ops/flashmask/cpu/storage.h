@@ -63,7 +63,8 @@ FLASHMASK_INLINE T* row_pointer(const FlashmaskTensor& tensor, int64_t batch, in
          head * tensor.head_stride;
 }
 
-// scratch[rows][ld] = rows [row, row + rows) of one head, times `factor`; columns [columns, padded_columns) become zero.
+// scratch[rows][ld] = rows [row, row + rows) of one head, times `factor`; columns [columns, padded_columns) become
+// zero.
 template <typename T>
 static void load_rows(const FlashmaskTensor& tensor, int64_t batch, int64_t head, int64_t row, int rows, int columns,
                       int padded_columns, float factor, float* scratch, int ld) {
