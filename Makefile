@@ -9,21 +9,60 @@ PY := $(VENV)/bin/python
 # Paddle runs with one thread unless told otherwise before it is imported.
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-CORE_SOURCES := $(shell find custom_ops -type f -not -path '*/build/*') setup.py pyproject.toml
+PIP := $(PY) -m pip --disable-pip-version-check -q
+NATIVE_SOURCES := $(shell find custom_ops -type f) setup.py pyproject.toml
+
+.PHONY: help
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.installed: requirements/runtime.txt requirements/build.txt requirements/dev.txt
-	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), "Python 3.10 to 3.12 is needed (PaddlePaddle 3.3.0 and PaddleNLP 3.0.0b4); this is " + sys.version + ". Name another one: make PYTHON=python3.11 ..."'
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "python3 has no ensurepip; install it first: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python 3.10, 3.11 or 3.12 is needed (PaddleNLP 3.0.0b4 goes no further), this is %d.%d; name another: make PYTHON=python3.11 ..." % v)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'Python cannot make virtual environments here. On Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements/dev.txt
+	$(PIP) install -r requirements/dev.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(CORE_SOURCES)
-	$(PY) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+$(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
+	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
-.PHONY: venv
-venv: $(VENV)/.installed
+.PHONY: venv build demo test test-asan lint format bench-cpu test-paddle clean
+venv: $(VENV)/.installed  ## make .venv with the pinned versions
 
-.PHONY: build
 build: $(VENV)/.built  ## build the op and install the package into .venv (editable)
+
+demo: build  ## fine-tune a small Llama with FlashMask and with a dense mask, and compare
+	$(PY) examples/sft.py
+
+test: build  ## run the whole test suite
+	$(PY) -m pytest tests
+
+# Every memory access of the core and every undefined operation is checked while the fuzzed cases run.
+test-asan: build  ## run the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(VENV)/bin/cmake -S custom_ops -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASHMASK_SANITIZE=ON >/dev/null
+	$(VENV)/bin/cmake --build build/asan
+	FLASHMASK_LIBRARY=$(abspath build/asan/libflashmask.so) LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so) \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 $(PY) -m pytest -q -p no:cacheprovider tests/core
+
+test-paddle: venv  ## build and test against another Paddle: make test-paddle VERSION=2.6.2
+	$(PY) tools/test_paddle.py $(VERSION)
+
+LINTED_CXX = $(shell git ls-files 'custom_ops/*.h' 'custom_ops/*.cc' 'custom_ops/*.cu' 'custom_ops/*.cuh')
+
+lint: venv  ## ruff, clang-format, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(LINTED_CXX)
+	$(PY) -m mypy
+
+format: venv  ## rewrite the sources the way lint wants them
+	$(PY) -m ruff check --fix-only -q .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(LINTED_CXX)
+
+bench-cpu: build  ## time the CPU kernels against PyTorch (where importable) and Paddle's dense mask
+	$(PY) benchmarks/kernels.py --device cpu
+
+clean:  ## remove build folders (not .venv, not runs)
+	rm -rf build dist *.egg-info paddle_flashmask/lib paddle_flashmask/*.so

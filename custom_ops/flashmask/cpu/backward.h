@@ -116,12 +116,15 @@ static void backward_tile_pair(const CpuPlan& plan, const BackwardBuffers& buffe
   const int padded_dim = (p.head_dim + kLanes - 1) / kLanes * kLanes;
   const int padded_dim_v = (p.head_dim_v + kLanes - 1) / kLanes * kLanes;
   TileMask mask;
-  int first = 0, last = columns;
+  int first = 0, last = columns;  // columns that some row sees, from the start of a block of kSpanRows
+  GemmSpans row_columns, row_depth, column_depth;
   if (tile_class == TileClass::kPartial) {
     mask.build(plan, batch, head, row, rows, column, columns);
-    first = mask.first;
+    if (mask.first == mask.last) return;
+    first = mask.first / kSpanRows * kSpanRows;
     last = mask.last;
-    if (first == last) return;
+    row_columns.columns = row_depth.depth = mask.row_block_columns;
+    column_depth.depth = mask.column_block_rows + first / kSpanRows;
   }
   const int first_vector = first / kLanes * kLanes;
   const int last_vector = (last + kLanes - 1) / kLanes * kLanes;
@@ -129,12 +132,10 @@ static void backward_tile_pair(const CpuPlan& plan, const BackwardBuffers& buffe
 
   load_rows<T>(p.q, batch, head, row, rows, p.head_dim, padded_dim, 1.0f, s.q, s.ld_qk);
   load_rows<T>(p.dout, batch, head, row, rows, p.head_dim_v, padded_dim_v, 1.0f, s.dout, s.ld_v);
-  gemm<Layout::kRowMajor, Store::kOverwrite>(rows, last_vector - first_vector, p.head_dim, s.q, s.ld_qk,
-                                             s.k_transposed + first_vector, s.ld_columns,
-                                             s.probabilities + first_vector, s.ld_columns);
-  gemm<Layout::kRowMajor, Store::kOverwrite>(rows, last_vector - first_vector, p.head_dim_v, s.dout, s.ld_v,
-                                             s.v_transposed + first_vector, s.ld_columns, s.dscores + first_vector,
-                                             s.ld_columns);
+  gemm<Layout::kRowMajor, Store::kOverwrite>(rows, last_vector, p.head_dim, s.q, s.ld_qk, s.k_transposed, s.ld_columns,
+                                             s.probabilities, s.ld_columns, row_columns);
+  gemm<Layout::kRowMajor, Store::kOverwrite>(rows, last_vector, p.head_dim_v, s.dout, s.ld_v, s.v_transposed,
+                                             s.ld_columns, s.dscores, s.ld_columns, row_columns);
   if (dropout.active) {
     dropout.fill(batch * p.heads_q + head, row, rows, column, columns, s.keep, s.ld_columns, 1);
   }
@@ -146,11 +147,11 @@ static void backward_tile_pair(const CpuPlan& plan, const BackwardBuffers& buffe
                                  s, dropout.active);
   }
   gemm<Layout::kTransposed, Store::kAccumulate>(last - first, padded_dim_v, rows, s.probabilities + first, s.ld_columns,
-                                                s.dout, s.ld_v, s.dv + (ptrdiff_t)first * s.ld_v, s.ld_v);
+                                                s.dout, s.ld_v, s.dv + (ptrdiff_t)first * s.ld_v, s.ld_v, column_depth);
   gemm<Layout::kTransposed, Store::kAccumulate>(last - first, padded_dim, rows, s.dscores + first, s.ld_columns, s.q,
-                                                s.ld_qk, s.dk + (ptrdiff_t)first * s.ld_qk, s.ld_qk);
-  gemm<Layout::kRowMajor, Store::kOverwrite>(rows, padded_dim, last - first, s.dscores + first, s.ld_columns,
-                                             s.k + (ptrdiff_t)first * s.ld_qk, s.ld_qk, s.dq, s.ld_qk);
+                                                s.ld_qk, s.dk + (ptrdiff_t)first * s.ld_qk, s.ld_qk, column_depth);
+  gemm<Layout::kRowMajor, Store::kOverwrite>(rows, padded_dim, last, s.dscores, s.ld_columns, s.k, s.ld_qk, s.dq,
+                                             s.ld_qk, row_depth);
 
   const uint32_t position = (uint32_t)(head % (p.heads_q / p.heads_k)) * (uint32_t)plan.num_row_tiles + row_tile;
   queue.wait(thread, item, position);

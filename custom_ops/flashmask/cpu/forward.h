@@ -78,8 +78,8 @@ FLASHMASK_INLINE void softmax_columns(float* scores, int ld, int first, int last
   }
 }
 
-FLASHMASK_INLINE void mask_scores(const TileMask& mask, float* scores, int ld) {
-  for (int j = mask.first; j < mask.last; ++j) {
+FLASHMASK_INLINE void mask_scores(const TileMask& mask, int first, int last, float* scores, int ld) {
+  for (int j = first; j < last; ++j) {
     float* column = scores + (ptrdiff_t)j * ld;
     for (int i = mask.start0[j]; i < mask.end0[j]; ++i) column[i] = -kInfinity;
     for (int i = mask.start1[j]; i < mask.end1[j]; ++i) column[i] = -kInfinity;
@@ -114,13 +114,16 @@ static void forward_row_tile(const CpuPlan& plan, const Dropout& dropout, int ba
       tile_class = summaries[tile].classify(row, row + rows);
       if (tile_class == TileClass::kFullyMasked || plan.block_masked(batch, head, row, column)) continue;
     }
-    int first = 0, last = columns;
+    int first = 0, last = columns;  // columns that some row sees, from the start of a block of kSpanRows
+    GemmSpans score_spans, out_spans;
     TileMask mask;
     if (tile_class == TileClass::kPartial) {
       mask.build(plan, batch, head, row, rows, column, columns);
-      first = mask.first;
+      if (mask.first == mask.last) continue;
+      first = mask.first / kSpanRows * kSpanRows;
       last = mask.last;
-      if (first == last) continue;
+      score_spans.columns = mask.column_block_rows + first / kSpanRows;
+      out_spans.depth = mask.row_block_columns;
     }
     if (!have_q) {
       load_rows<T>(p.q, batch, head, row, rows, p.head_dim, p.head_dim, 1.0f, s.q, s.ld_qk);
@@ -133,8 +136,8 @@ static void forward_row_tile(const CpuPlan& plan, const Dropout& dropout, int ba
                  s.v + (ptrdiff_t)first * s.ld_v, s.ld_v);
     gemm<Layout::kRowMajor, Store::kOverwrite>(last - first, padded_rows, p.head_dim, s.k + (ptrdiff_t)first * s.ld_qk,
                                                s.ld_qk, s.q_transposed, s.ld_rows,
-                                               s.scores + (ptrdiff_t)first * s.ld_rows, s.ld_rows);
-    if (tile_class == TileClass::kPartial) mask_scores(mask, s.scores, s.ld_rows);
+                                               s.scores + (ptrdiff_t)first * s.ld_rows, s.ld_rows, score_spans);
+    if (tile_class == TileClass::kPartial) mask_scores(mask, first, last, s.scores, s.ld_rows);
 
     constexpr int kTogether = 4;
     int i = 0;
@@ -156,9 +159,8 @@ static void forward_row_tile(const CpuPlan& plan, const Dropout& dropout, int ba
         for (int r = 0; r < rows; ++r) s.scores[(ptrdiff_t)j * s.ld_rows + r] *= s.keep[(ptrdiff_t)j * s.ld_rows + r];
       }
     }
-    gemm<Layout::kTransposed, Store::kAccumulate>(rows, padded_dim_v, last - first,
-                                                  s.scores + (ptrdiff_t)first * s.ld_rows, s.ld_rows,
-                                                  s.v + (ptrdiff_t)first * s.ld_v, s.ld_v, s.out, s.ld_v);
+    gemm<Layout::kTransposed, Store::kAccumulate>(rows, padded_dim_v, last, s.scores, s.ld_rows, s.v, s.ld_v, s.out,
+                                                  s.ld_v, out_spans);
   }
 
   for (int i = 0; i < rows; ++i) {

@@ -55,36 +55,66 @@ FLASHMASK_INLINE void gemm_micro(int depth, const float* a, ptrdiff_t lda, const
   }
 }
 
+// Part of a dimension that matters, for each block of kSpanRows rows of C.
+constexpr int kSpanRows = 8;
+struct Span {
+  int begin, end;
+};
+
+// What a partial tile leaves out, per block of rows of C: columns of C that are not needed at all (they keep their old
+// values), and depths at which A is zero. Null where everything counts.
+struct GemmSpans {
+  const Span* columns = nullptr;
+  const Span* depth = nullptr;
+};
+
+template <int kRows, int kVectors, Layout kLayoutA, Store kStore>
+FLASHMASK_INLINE void gemm_block(int i, int j, int depth, const float* a, int lda, const float* b, int ldb, float* c,
+                                 int ldc, const GemmSpans& spans) {
+  const int block = i / kSpanRows;
+  int begin = 0, end = depth;
+  if (spans.columns != nullptr &&
+      (j >= spans.columns[block].end || j + kVectors * kLanes <= spans.columns[block].begin)) {
+    return;
+  }
+  if (spans.depth != nullptr) {
+    begin = spans.depth[block].begin;
+    end = max_int(begin, spans.depth[block].end);
+  }
+  const float* a_block =
+      kLayoutA == Layout::kRowMajor ? a + (ptrdiff_t)i * lda + begin : a + (ptrdiff_t)begin * lda + i;
+  gemm_micro<kRows, kVectors, kLayoutA, kStore>(end - begin, a_block, lda, b + (ptrdiff_t)begin * ldb + j, ldb,
+                                                c + (ptrdiff_t)i * ldc + j, ldc);
+}
+
 template <int kVectors, Layout kLayoutA, Store kStore>
-FLASHMASK_INLINE void gemm_panel(int rows, int depth, const float* a, int lda, const float* b, int ldb, float* c,
-                                 int ldc) {
-  const ptrdiff_t step = kLayoutA == Layout::kRowMajor ? lda : 1;
+FLASHMASK_INLINE void gemm_panel(int rows, int j, int depth, const float* a, int lda, const float* b, int ldb, float* c,
+                                 int ldc, const GemmSpans& spans) {
   int i = 0;
   for (; i + kMicroRows <= rows; i += kMicroRows) {
-    gemm_micro<kMicroRows, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
+    gemm_block<kMicroRows, kVectors, kLayoutA, kStore>(i, j, depth, a, lda, b, ldb, c, ldc, spans);
   }
   if (kMicroRows > 4 && i + 4 <= rows) {
-    gemm_micro<4, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
+    gemm_block<4, kVectors, kLayoutA, kStore>(i, j, depth, a, lda, b, ldb, c, ldc, spans);
     i += 4;
   }
   if (i + 2 <= rows) {
-    gemm_micro<2, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
+    gemm_block<2, kVectors, kLayoutA, kStore>(i, j, depth, a, lda, b, ldb, c, ldc, spans);
     i += 2;
   }
-  if (i < rows)
-    gemm_micro<1, kVectors, kLayoutA, kStore>(depth, a + i * step, lda, b, ldb, c + (ptrdiff_t)i * ldc, ldc);
+  if (i < rows) gemm_block<1, kVectors, kLayoutA, kStore>(i, j, depth, a, lda, b, ldb, c, ldc, spans);
 }
 
 // C[rows, columns] (+)= A[rows, depth] * B[depth, columns]; `columns` is a multiple of kLanes.
 template <Layout kLayoutA, Store kStore>
-static void gemm(int rows, int columns, int depth, const float* a, int lda, const float* b, int ldb, float* c,
-                 int ldc) {
+static void gemm(int rows, int columns, int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc,
+                 const GemmSpans& spans) {
   // A panel of B (depth x kMicroVectors vectors) stays in the L1 cache while A streams past it.
   int j = 0;
   for (; j + kMicroVectors * kLanes <= columns; j += kMicroVectors * kLanes) {
-    gemm_panel<kMicroVectors, kLayoutA, kStore>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
+    gemm_panel<kMicroVectors, kLayoutA, kStore>(rows, j, depth, a, lda, b, ldb, c, ldc, spans);
   }
-  for (; j < columns; j += kLanes) gemm_panel<1, kLayoutA, kStore>(rows, depth, a, lda, b + j, ldb, c + j, ldc);
+  for (; j < columns; j += kLanes) gemm_panel<1, kLayoutA, kStore>(rows, j, depth, a, lda, b, ldb, c, ldc, spans);
 }
 
 }  // namespace FLASHMASK_ISA

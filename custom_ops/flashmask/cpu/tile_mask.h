@@ -1,6 +1,7 @@
 // The mask of one partial tile: per column the masked rows, relative to the tile, and which columns matter at all.
 #pragma once
 
+#include "gemm.h"
 #include "plan.h"
 #include "simd.h"
 
@@ -13,12 +14,18 @@ struct TileMask {
   int32_t start1[kMaxTileColumns], end1[kMaxTileColumns];
   // Columns outside [first, last) are masked in every row of the tile.
   int first, last;
+  // Hulls of what is visible: the columns for each block of rows, and the rows for each block of columns. Products
+  // leave out the rest.
+  Span row_block_columns[kMaxTileRows / kSpanRows];
+  Span column_block_rows[kMaxTileColumns / kSpanRows];
 
   void build(const CpuPlan& plan, int batch, int head, int row, int rows, int column, int columns) {
     const FlashmaskParams& p = plan.params;
     const int32_t* bounds = plan.bounds_of(batch, head);
     const bool keep_all = !plan.skips();
     const bool block_masked = plan.block_masked(batch, head, row, column);
+    for (Span& span : row_block_columns) span = keep_all ? Span{0, columns} : Span{columns, 0};
+    for (Span& span : column_block_rows) span = keep_all ? Span{0, rows} : Span{rows, 0};
     first = keep_all ? 0 : columns;
     last = keep_all ? columns : 0;
     for (int j = 0; j < columns; ++j) {
@@ -31,10 +38,7 @@ struct TileMask {
         start0[j] = 0;
         end0[j] = rows;
       }
-      if (!keep_all && !covers(j, rows)) {
-        if (j < first) first = j;
-        last = j + 1;
-      }
+      if (!keep_all) add_visible(j, rows);
     }
     if (first > last) first = last;
     // A vector of columns may reach past the tile's last one.
@@ -47,12 +51,27 @@ struct TileMask {
     *start = none ? 0 : max_int(interval.start - row, 0);
     *end = none ? 0 : min_int(interval.end - row, rows);
   }
-  bool covers(int j, int rows) const {
-    const int gap_free_end = start0[j] <= end1[j] && start1[j] <= end0[j];
-    const int start = min_int(end0[j] > start0[j] ? start0[j] : rows, end1[j] > start1[j] ? start1[j] : rows);
-    const int end = max_int(end0[j], end1[j]);
-    const bool one_covers = (start0[j] == 0 && end0[j] == rows) || (start1[j] == 0 && end1[j] == rows);
-    return one_covers || (gap_free_end && start == 0 && end == rows);
+
+  // Widens the hulls by the rows of column j that no interval at the tile's edge masks.
+  void add_visible(int j, int rows) {
+    int top = 0, bottom = rows;
+    // Twice: the second interval may begin where the first ends.
+    for (int pass = 0; pass < 2; ++pass) {
+      if (start0[j] <= top && end0[j] > top) top = end0[j];
+      if (start1[j] <= top && end1[j] > top) top = end1[j];
+      if (end0[j] >= bottom && start0[j] < bottom) bottom = start0[j];
+      if (end1[j] >= bottom && start1[j] < bottom) bottom = start1[j];
+    }
+    if (top >= bottom) return;
+    first = min_int(first, j);
+    last = j + 1;
+    Span& column_block = column_block_rows[j / kSpanRows];
+    column_block.begin = min_int(column_block.begin, top);
+    column_block.end = max_int(column_block.end, bottom);
+    for (int block = top / kSpanRows; block * kSpanRows < bottom; ++block) {
+      row_block_columns[block].begin = min_int(row_block_columns[block].begin, j);
+      row_block_columns[block].end = j + 1;
+    }
   }
 };
 
