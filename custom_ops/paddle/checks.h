@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "flashmask.h"
+#include "paddle/common/ddim.h"
 #include "paddle/common/enforce.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
 
@@ -44,7 +45,28 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
   return text.str();
 }
 
+// Sparse tensors and tensors whose memory was given back have no data to point at.
+inline void expect_dense(const paddle::Tensor& tensor, const char* name) {
+  expect(tensor.is_dense_tensor(), name, " must be a dense tensor");
+  expect(tensor.initialized(), name, " holds no data");
+}
+
+// Paddle copies views before it calls a custom op; if a version did not, these would tell.
+inline void expect_unit_stride(const paddle::Tensor& tensor, const char* name) {
+  expect(tensor.strides()[3] == 1 || tensor.shape()[3] == 1, "the last axis of ", name, " must be contiguous");
+}
+
+inline void expect_contiguous(const paddle::Tensor& tensor, const char* name) {
+  const std::vector<int64_t> shape = tensor.shape();
+  int64_t stride = 1;
+  for (int axis = static_cast<int>(shape.size()) - 1; axis >= 0; --axis) {
+    expect(shape[axis] == 1 || tensor.strides()[axis] == stride, name, " must be contiguous");
+    stride *= shape[axis];
+  }
+}
+
 inline void expect_like_query(const paddle::Tensor& tensor, const char* name, const paddle::Tensor& query) {
+  expect_dense(tensor, name);
   expect(tensor.place() == query.place(), name, " is on ", tensor.place().DebugString(), ", but query is on ",
          query.place().DebugString());
   expect(tensor.dtype() == query.dtype(), name, " must have the dtype of query, ", query.dtype(), "; got ",
@@ -56,17 +78,20 @@ inline void expect_shape(const paddle::Tensor& tensor, const char* name, const s
 }
 
 inline void expect_int32_on(const paddle::Tensor& tensor, const char* name, const paddle::Tensor& query) {
+  expect_dense(tensor, name);
   expect(tensor.dtype() == paddle::DataType::INT32, name, " must be int32; got ", tensor.dtype());
   expect(tensor.place() == query.place(), name, " is on ", tensor.place().DebugString(), ", but query is on ",
          query.place().DebugString());
   expect(tensor.shape().size() == 4, name, " must have 4 axes; got shape ", text_of(tensor.shape()));
+  expect_contiguous(tensor, name);
 }
 
 inline void check_qkv(const paddle::Tensor& query, const paddle::Tensor& key, const paddle::Tensor& value) {
+  expect_dense(query, "query");
   const paddle::DataType dtype = query.dtype();
-  expect(dtype == paddle::DataType::FLOAT32 || dtype == paddle::DataType::BFLOAT16 ||
-             dtype == paddle::DataType::FLOAT16,
-         "query must be float32, bfloat16 or float16; got ", dtype);
+  expect(
+      dtype == paddle::DataType::FLOAT32 || dtype == paddle::DataType::BFLOAT16 || dtype == paddle::DataType::FLOAT16,
+      "query must be float32, bfloat16 or float16; got ", dtype);
   expect_like_query(key, "key", query);
   expect_like_query(value, "value", query);
   const std::vector<int64_t> q = query.shape(), k = key.shape(), v = value.shape();
@@ -130,6 +155,7 @@ inline void check_numbers(float softmax_scale, float dropout, const paddle::opti
   expect(dropout >= 0 && dropout <= 1, "dropout must be from 0 to 1; got ", dropout);
   if (dropout > 0) {
     expect(static_cast<bool>(seed_offset), "dropout needs seed_offset");
+    expect_dense(*seed_offset, "seed_offset");
     expect(seed_offset->dtype() == paddle::DataType::INT64 && seed_offset->shape() == std::vector<int64_t>{2},
            "seed_offset must be int64 of shape [2]; got ", seed_offset->dtype(), " of shape ",
            text_of(seed_offset->shape()));

@@ -1,5 +1,5 @@
-// The Paddle op `flashmask_attention` and its gradient. Shapes and pointers go from Paddle's tensors into
-// FlashmaskParams here; everything else happens in the core (flashmask.h).
+// The Paddle op `paddle_flashmask_attention` (Paddle has an op of its own of the shorter name) and its gradient.
+// Shapes and pointers go from Paddle's tensors into FlashmaskParams here; everything else happens in the core.
 //
 // Only the op interface is included, not paddle/extension.h: that one needs Python.h and takes ten times as long.
 #include <cstdint>
@@ -29,15 +29,9 @@ FlashmaskDtype core_dtype(paddle::DataType dtype) {
   }
 }
 
-// Paddle hands custom ops contiguous tensors, copying views if need be.
 FlashmaskTensor operand(const paddle::Tensor& tensor) {
-  const Shape shape = tensor.shape();
-  FlashmaskTensor result;
-  result.data = const_cast<void*>(tensor.data());
-  result.head_stride = shape[3];
-  result.seq_stride = shape[2] * result.head_stride;
-  result.batch_stride = shape[1] * result.seq_stride;
-  return result;
+  const auto& strides = tensor.strides();
+  return FlashmaskTensor{const_cast<void*>(tensor.data()), strides[0], strides[1], strides[2]};
 }
 
 // The inputs of a call after the checks. It owns what was copied to the device, so it must outlive the launch.
@@ -65,13 +59,16 @@ struct Call {
     params.seqlen_k = static_cast<int32_t>(k[1]);
     params.heads_k = static_cast<int32_t>(k[2]);
     params.head_dim_v = static_cast<int32_t>(value.shape()[3]);
-    params.heads_mask = bounds ? static_cast<int32_t>(bounds->shape()[1])
-                               : block_mask ? static_cast<int32_t>(block_mask->shape()[1]) : 1;
+    const OptionalTensor& mask = bounds ? bounds : block_mask;
+    params.heads_mask = mask ? static_cast<int32_t>(mask->shape()[1]) : 1;
     params.num_bounds = bounds ? static_cast<int32_t>(bounds->shape()[3]) : 0;
     params.causal = causal;
     params.deterministic = deterministic;
     params.softmax_scale = softmax_scale;
     params.dropout = dropout;
+    expect_unit_stride(query, "query");
+    expect_unit_stride(key, "key");
+    expect_unit_stride(value, "value");
     params.q = operand(query);
     params.k = operand(key);
     params.v = operand(value);
@@ -134,6 +131,7 @@ std::vector<paddle::Tensor> Backward(const paddle::Tensor& query, const paddle::
   expect_shape(out, "out", out_shape);
   expect_like_query(out_grad, "the gradient of out", query);
   expect_shape(out_grad, "the gradient of out", out_shape);
+  expect_unit_stride(out_grad, "the gradient of out");
   expect(lse.dtype() == paddle::DataType::FLOAT32 && lse.place() == query.place(), "softmax_lse must be float32 on ",
          query.place().DebugString());
   expect_shape(lse, "softmax_lse", {q[0], q[2], q[1]});
@@ -181,7 +179,7 @@ std::vector<paddle::DataType> BackwardDtypes(const paddle::DataType& query, cons
 
 }  // namespace flashmask_paddle
 
-PD_BUILD_OP(flashmask_attention)
+PD_BUILD_OP(paddle_flashmask_attention)
     .Inputs({"query", "key", "value", paddle::Optional("startend_row_indices"), paddle::Optional("block_mask"),
              paddle::Optional("seed_offset")})
     .Outputs({"out", "softmax_lse"})
@@ -191,7 +189,7 @@ PD_BUILD_OP(flashmask_attention)
     .SetInferDtypeFn(PD_INFER_DTYPE(flashmask_paddle::ForwardDtypes));
 
 // softmax_lse has no gradient: nothing in flashmask.h takes one.
-PD_BUILD_GRAD_OP(flashmask_attention)
+PD_BUILD_GRAD_OP(paddle_flashmask_attention)
     .Inputs({"query", "key", "value", paddle::Optional("startend_row_indices"), paddle::Optional("block_mask"),
              paddle::Optional("seed_offset"), "out", "softmax_lse", paddle::Grad("out")})
     .Outputs({paddle::Grad("query"), paddle::Grad("key"), paddle::Grad("value")})

@@ -1,0 +1,1 @@
+"""See `paddle_flashmask.incubate.nn.functional`."""

@@ -1,0 +1,197 @@
+"""Build: CMake and Ninja make the core (lib/libflashmask.so), setuptools makes the Paddle op (_C.so) on top of it.
+
+Environment variables:
+  MAX_JOBS               how many compilers run at once (default: Ninja's choice)
+  FLASHMASK_CUDA         1 or 0: build the CUDA kernels or not (default: if Paddle has CUDA and nvcc is found)
+  FLASHMASK_CMAKE_ARGS   more arguments for CMake, split as a shell would
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "paddle_flashmask"
+
+
+def find_tool(name: str, bin_dir_attribute: str) -> str:
+    """Path of `name`, from the pip package of that name if there is one, else from PATH."""
+    try:
+        module = __import__(name)
+        candidate = Path(getattr(module, bin_dir_attribute)) / name
+        if candidate.exists():
+            return str(candidate)
+    except (ImportError, AttributeError):
+        pass
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"Building paddle-flashmask needs {name}, which was not found: pip install cmake ninja")
+    return found
+
+
+def import_paddle():
+    try:
+        import paddle
+    except ImportError as error:
+        raise SystemExit(
+            f"paddle-flashmask is built against the installed PaddlePaddle, which cannot be imported ({error}). "
+            "Install it first (pip install paddlepaddle==3.3.0), then: pip install . --no-build-isolation"
+        ) from error
+    return paddle
+
+
+def decide_cuda(paddle) -> tuple[str, str]:
+    """The CUDA home to build the CUDA kernels with, empty for none, and why."""
+    asked = os.environ.get("FLASHMASK_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"FLASHMASK_CUDA must be 0 or 1; got {asked!r}")
+    if asked == "0":
+        return "", "FLASHMASK_CUDA=0"
+    if not paddle.is_compiled_with_cuda():
+        if asked == "1":
+            raise SystemExit("FLASHMASK_CUDA=1, but the installed PaddlePaddle is a build without CUDA")
+        return "", "the installed PaddlePaddle is a build without CUDA"
+    from paddle.utils.cpp_extension.extension_utils import find_cuda_home
+
+    home = find_cuda_home()
+    nvcc = Path(home) / "bin" / "nvcc" if home else None
+    if nvcc is None or not nvcc.exists():
+        message = f"nvcc was not found (looked at CUDA_HOME and PATH; CUDA home: {home})"
+        if asked == "1":
+            raise SystemExit(f"FLASHMASK_CUDA=1, but {message}")
+        return "", message
+    return home, f"PaddlePaddle is built with CUDA {paddle.version.cuda()} and nvcc is {nvcc}"
+
+
+class BuildExt(build_ext):
+    """Puts lib/libflashmask.so, _C.so and _build_info.py into the package (in the source tree if it is editable)."""
+
+    def run(self) -> None:
+        self.paddle = import_paddle()
+        self.cuda_home, why = decide_cuda(self.paddle)
+        self.with_cuda = bool(self.cuda_home)
+        # An up-to-date _C.so may be one for another Paddle, and file dates do not tell. It compiles in seconds.
+        self.force = True
+        print(f"paddle-flashmask: CUDA kernels {'on' if self.with_cuda else 'off'}: {why}", flush=True)
+        super().run()
+
+    def build_extensions(self) -> None:
+        self.build_core()
+        self.complete_binding(self.extensions[0])
+        super().build_extensions()
+        self.write_build_info()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # Paddle loads the file by path. It is no Python module, so it carries no Python ABI in its name.
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def extra_outputs(self) -> list[str]:
+        """Built files other than the extension, relative to the folder above the package."""
+        return [f"{PACKAGE}/lib/libflashmask.so", f"{PACKAGE}/_build_info.py"]
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *(os.path.join(self.build_lib, name) for name in self.extra_outputs())]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        mapping = dict(super().get_output_mapping())
+        if self.inplace:
+            mapping.update({os.path.join(self.build_lib, name): name for name in self.extra_outputs()})
+        return mapping
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for name in self.extra_outputs():
+            target = ROOT / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Replaced, not written into: a process may have the old library mapped.
+            target.unlink(missing_ok=True)
+            shutil.copy2(os.path.join(self.build_lib, name), target)
+
+    def build_core(self) -> None:
+        cmake = find_tool("cmake", "CMAKE_BIN_DIR")
+        ninja = find_tool("ninja", "BIN_DIR")
+        build_dir = Path(self.build_temp).resolve() / "core"
+        cache = build_dir / "CMakeCache.txt"
+        source_dir = ROOT / "custom_ops"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source_dir}\n" not in cache.read_text():
+            shutil.rmtree(build_dir)  # the tree was moved or copied: CMake would refuse its own cache
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            cmake,
+            "-S",
+            str(source_dir),
+            "-B",
+            str(build_dir),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DFLASHMASK_CUDA={'ON' if self.with_cuda else 'OFF'}",
+            *shlex.split(os.environ.get("FLASHMASK_CMAKE_ARGS", "")),
+        ]
+        jobs = os.environ.get("MAX_JOBS", "")
+        build = [cmake, "--build", str(build_dir), *(["--parallel", jobs] if jobs else [])]
+        for command in (configure, build):
+            print(shlex.join(command), flush=True)
+            result = subprocess.run(command)
+            if result.returncode != 0:
+                raise SystemExit(f"Building the core failed with status {result.returncode}: {shlex.join(command)}")
+        target = Path(self.build_lib) / PACKAGE / "lib"
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build_dir / "libflashmask.so", target)
+
+    def complete_binding(self, extension: Extension) -> None:
+        """Adds what only a build knows: where Paddle's headers and libraries are, and the core just built."""
+        from paddle.utils.cpp_extension import CppExtension
+
+        paddle_extension = CppExtension(sources=extension.sources)
+        for attribute in ("include_dirs", "library_dirs", "extra_compile_args", "extra_link_args"):
+            getattr(extension, attribute).extend(getattr(paddle_extension, attribute))
+        if self.with_cuda:
+            # Headers only: the binding takes a stream from Paddle and calls nothing of the CUDA runtime.
+            extension.define_macros.append(("PADDLE_WITH_CUDA", None))
+            extension.include_dirs.append(os.path.join(self.cuda_home, "include"))
+        extension.library_dirs.append(os.path.join(self.build_lib, PACKAGE, "lib"))
+        # Paddle's own folders need no rpath: `import paddle` has its libraries in the process already.
+        extension.runtime_library_dirs.append("$ORIGIN/lib")
+
+    def write_build_info(self) -> None:
+        paddle = self.paddle
+        lines = [
+            '"""Written by setup.py: the PaddlePaddle that _C.so was built against."""',
+            "",
+            f"PADDLE_VERSION = {paddle.version.full_version!r}",
+            f"PADDLE_COMMIT = {paddle.version.commit!r}",
+            f"PADDLE_CUDA = {paddle.version.cuda()!r}",
+            f"CUDA_KERNELS = {self.with_cuda!r}",
+            "",
+        ]
+        Path(self.build_lib, PACKAGE, "_build_info.py").write_text("\n".join(lines))
+
+
+if not sys.platform.startswith("linux"):
+    raise SystemExit(f"paddle-flashmask builds on Linux; this is {sys.platform}")
+
+setup(
+    ext_modules=[
+        Extension(
+            f"{PACKAGE}._C",
+            sources=["custom_ops/paddle/flashmask_binding.cc"],
+            depends=["custom_ops/paddle/checks.h", "custom_ops/flashmask/flashmask.h"],
+            include_dirs=["custom_ops/flashmask"],
+            libraries=["flashmask"],
+            # Paddle 2.6 and 3.x are built with the new std::string.
+            extra_compile_args=["-O2", "-std=c++17", "-D_GLIBCXX_USE_CXX11_ABI=1"],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
