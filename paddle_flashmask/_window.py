@@ -16,7 +16,7 @@ _INT32_MAX = 2**31 - 1
 def window_bounds(
     window_size: Any, query: Any, key: Any, block_mask: Any | None, sizes: Sizes, causal: bool
 ) -> tuple[Any | None, bool]:
-    """(startend_row_indices, causal) of a window: int32 `[batch, mask_heads, seqlen_k, n]`, or None if nothing is hidden.
+    """(startend_row_indices, causal) of a window: int32 `[batch, mask_heads, seqlen_k, n]`, or None: no mask.
 
     The indices have the mask heads of `block_mask`, or one, and lie on the device of query.
     """
