@@ -96,10 +96,10 @@ def dropout(value: Any) -> float:
 
 
 def softmax_scale(value: Any) -> float:
-    """The factor of the scores: positive and finite, also as float32."""
+    """The factor of the scores: finite, also as float32."""
     scale = real("softmax_scale", value)
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"softmax_scale: expected a positive finite float32, got {value!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale: expected a finite float32, got {value!r}")
     return scale
 
 

@@ -107,8 +107,8 @@ class Library:
         layout = (library.flashmask_abi_version(), library.flashmask_params_bytes())
         if layout != (ABI_VERSION, ctypes.sizeof(Params)):
             raise ImportError(
-                f"{path}: expected interface version {ABI_VERSION} with {ctypes.sizeof(Params)} bytes of parameters, got "
-                f"version {layout[0]} with {layout[1]} bytes; rebuild it"
+                f"{path}: expected interface version {ABI_VERSION} with {ctypes.sizeof(Params)} bytes of parameters, "
+                f"got version {layout[0]} with {layout[1]} bytes; rebuild it"
             )
 
     def cpu_isa(self) -> str:
@@ -164,7 +164,7 @@ class Library:
         raise exceptions.get(status, RuntimeError)(self._error())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(path: str) -> Library:
     return Library(path)
 
@@ -200,7 +200,7 @@ def from_bf16(array: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 def tensor_view(address: int, strides: tuple[int, ...]) -> TensorView:
-    """An operand `[batch, seqlen, heads, head_dim]` at `address`; `strides` of the four axes in elements, the last 1."""
+    """An operand `[batch, seqlen, heads, head_dim]` at `address`; `strides` count elements, the last must be 1."""
     if len(strides) != 4 or strides[3] != 1:
         raise ValueError(f"strides: expected four, the last of them 1, got {strides}")
     return TensorView(address, *strides[:3])
@@ -252,25 +252,15 @@ class _Call:
         _, seqlen_k, heads_k, head_dim_v = v.shape
         if k.shape != (batch, seqlen_k, heads_k, head_dim) or v.shape[0] != batch:
             raise ValueError(f"q, k, v: shapes do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
-        heads_mask = 1
-        for name, mask, tail in (
-            ("bounds", bounds, (seqlen_k, None)),
-            ("block_mask", block_mask, (-(-seqlen_q // 128), -(-seqlen_k // 128))),
-        ):
-            if mask is None:
-                continue
-            if (
-                mask.ndim != 4
-                or mask.shape[0] != batch
-                or mask.shape[2] != tail[0]
-                or tail[1] not in (None, mask.shape[3])
-            ):
-                raise ValueError(
-                    f"{name}: expected [{batch}, heads_mask, {tail[0]}, {tail[1]}], got {list(mask.shape)}"
-                )
-            if name == "block_mask" and bounds is not None and mask.shape[1] != heads_mask:
-                raise ValueError(f"block_mask: expected {heads_mask} heads as in bounds, got {mask.shape[1]}")
-            heads_mask = mask.shape[1]
+        # What else the mask's shape must obey, the library checks.
+        if bounds is not None and (bounds.ndim != 4 or bounds.shape[::2] != (batch, seqlen_k)):
+            raise ValueError(f"bounds: expected [{batch}, heads_mask, {seqlen_k}, n], got {list(bounds.shape)}")
+        heads_mask = 1 if bounds is None else bounds.shape[1]
+        if block_mask is not None:
+            heads_mask = heads_mask if bounds is not None or block_mask.ndim != 4 else block_mask.shape[1]
+            expected = (batch, heads_mask, -(-seqlen_q // 128), -(-seqlen_k // 128))
+            if block_mask.shape != expected:
+                raise ValueError(f"block_mask: expected {list(expected)}, got {list(block_mask.shape)}")
         self.q, self.k, self.v = q, k, v
         self.bounds = None if bounds is None else _int32("bounds", bounds)
         self.block_mask = None if block_mask is None else _int32("block_mask", block_mask)
@@ -342,7 +332,8 @@ def forward(
         library: None takes `load_library()`.
 
     Returns:
-        `out` `[batch, seqlen_q, heads_q, head_dim_v]` in the dtype of q, and `lse` float32 `[batch, heads_q, seqlen_q]`.
+        out: `[batch, seqlen_q, heads_q, head_dim_v]` in the dtype of q.
+        lse: float32 `[batch, heads_q, seqlen_q]`, natural logarithm.
 
     Raises:
         TypeError, ValueError: a bad argument. NotImplementedError: the library holds no such kernel.
@@ -392,9 +383,9 @@ def backward(
     if lse.shape != call.lse_shape or lse.dtype != np.float32:
         raise ValueError(f"lse: expected float32 {list(call.lse_shape)}, got {lse.dtype} {list(lse.shape)}")
     lse = np.ascontiguousarray(lse)
-    gradients = tuple(np.empty(array.shape, array.dtype) for array in (q, k, v))
+    dq, dk, dv = (np.empty(array.shape, array.dtype) for array in (q, k, v))
     call.params.out, call.params.dout, call.params.lse = _view(out), _view(dout), lse.ctypes.data
-    call.params.dq, call.params.dk, call.params.dv = (_view(gradient) for gradient in gradients)
+    call.params.dq, call.params.dk, call.params.dv = _view(dq), _view(dk), _view(dv)
     call.allocate_workspace(library.backward_workspace_bytes(call.params))
     library.backward(call.params)
-    return gradients
+    return dq, dk, dv

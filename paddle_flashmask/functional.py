@@ -94,7 +94,7 @@ def flashmask_attention(
         rng_name: name of an RNG state of fleet's tracker to draw them from (dynamic mode only).
         training: False turns dropout off.
         name: accepted for the sake of the signature; not used.
-        softmax_scale: factor of the scores, positive and finite; None is `head_dim ** -0.5`.
+        softmax_scale: factor of the scores, finite; None is `head_dim ** -0.5`.
         block_mask: int32 `[batch, mask_heads, ceil(seqlen_q / 128), ceil(seqlen_k / 128)]`; 0 masks a block of
             128 x 128 scores on top of everything else. mask_heads as in `startend_row_indices` if both are given.
         deterministic: bitwise repeatable gradients on a GPU too (on a CPU they always are). None follows

@@ -150,8 +150,7 @@ inline void check_block_mask(const paddle::Tensor& block_mask, const paddle::opt
 }
 
 inline void check_numbers(float softmax_scale, float dropout, const paddle::optional<paddle::Tensor>& seed_offset) {
-  expect(std::isfinite(softmax_scale) && softmax_scale > 0, "softmax_scale must be positive and finite; got ",
-         softmax_scale);
+  expect(std::isfinite(softmax_scale), "softmax_scale must be finite; got ", softmax_scale);
   expect(dropout >= 0 && dropout <= 1, "dropout must be from 0 to 1; got ", dropout);
   if (dropout > 0) {
     expect(static_cast<bool>(seed_offset), "dropout needs seed_offset");
