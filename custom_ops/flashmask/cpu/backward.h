@@ -74,9 +74,11 @@ static void backward_prepare_typed(const CpuPlan& plan, const BackwardBuffers& b
 }
 
 // Scores to probabilities, and dO V^T to dS, for columns [first, last) of one tile (whole vectors of columns).
-template <bool kMasked>
+// The compiler fuses multiplications and additions; both flags are template arguments so that masked and unmasked tiles
+// go through the same operations and give the same bits.
+template <bool kMasked, bool kDropout>
 static void differentiate_softmax(int rows, int first, int last, const float* lse, const float* delta,
-                                  const TileMask& mask, const BackwardScratch& s, bool dropout) {
+                                  const TileMask& mask, const BackwardScratch& s) {
   for (int i = 0; i < rows; ++i) {
     // A row that sees nothing has lse = -inf; +inf here makes its probabilities zero.
     const VecF lse2 = broadcast(lse[i] == -kInfinity ? kInfinity : lse[i] * 1.44269504f);
@@ -88,7 +90,7 @@ static void differentiate_softmax(int rows, int first, int last, const float* ls
       VecF probability = exp2_vec(load(probabilities + j) - lse2);
       VecF dprobability = load(dscores + j);
       VecF kept = probability;
-      if (dropout) {
+      if (kDropout) {
         const VecF keep = load(s.keep + (ptrdiff_t)i * s.ld_columns + j);
         kept *= keep;
         dprobability *= keep;
@@ -139,13 +141,11 @@ static void backward_tile_pair(const CpuPlan& plan, const BackwardBuffers& buffe
   if (dropout.active) {
     dropout.fill(batch * p.heads_q + head, row, rows, column, columns, s.keep, s.ld_columns, 1);
   }
-  if (tile_class == TileClass::kPartial) {
-    differentiate_softmax<true>(rows, first_vector, last_vector, p.lse + statistics, buffers.delta + statistics, mask,
-                                s, dropout.active);
-  } else {
-    differentiate_softmax<false>(rows, first_vector, last_vector, p.lse + statistics, buffers.delta + statistics, mask,
-                                 s, dropout.active);
-  }
+  const auto differentiate =
+      tile_class == TileClass::kPartial
+          ? (dropout.active ? differentiate_softmax<true, true> : differentiate_softmax<true, false>)
+          : (dropout.active ? differentiate_softmax<false, true> : differentiate_softmax<false, false>);
+  differentiate(rows, first_vector, last_vector, p.lse + statistics, buffers.delta + statistics, mask, s);
   gemm<Layout::kTransposed, Store::kAccumulate>(last - first, padded_dim_v, rows, s.probabilities + first, s.ld_columns,
                                                 s.dout, s.ld_v, s.dv + (ptrdiff_t)first * s.ld_v, s.ld_v, column_depth);
   gemm<Layout::kTransposed, Store::kAccumulate>(last - first, padded_dim, rows, s.dscores + first, s.ld_columns, s.q,

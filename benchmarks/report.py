@@ -1,0 +1,122 @@
+"""Rows of results as the JSON that benchmarks/results/ keeps, and as a table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.workloads import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def row(case: Case, rival: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """One measured rival on one case. TFLOPs/s count visible scores; `by_tile` counts every 128x128 tile that is not
+    fully masked as full (the paper's way). The backward pass counts 2.5 times the forward's operations."""
+    area, tiles = case.area()
+    fwd_ms, bwd_ms = answer["fwd_ms"], answer["bwd_ms"]
+
+    def tflops(share: float, passes: float, milliseconds: float) -> float:
+        return float(f"{case.forward_flops() * share * passes / milliseconds / 1e9:.4g}")
+
+    return {
+        "mask": case.mask,
+        "seqlen": case.seqlen,
+        "head_dim": case.head_dim,
+        "heads": case.heads,
+        "batch": case.batch,
+        "dtype": case.dtype,
+        "rival": rival,
+        "total_tokens": case.seqlen * case.batch,
+        "fwd_ms": fwd_ms,
+        "bwd_ms": bwd_ms,
+        "tflops_fwd": tflops(area, 1, fwd_ms),
+        "tflops_bwd": tflops(area, 2.5, bwd_ms),
+        "tflops_total": tflops(area, 3.5, fwd_ms + bwd_ms),
+        "tflops_total_by_tile": tflops(tiles, 3.5, fwd_ms + bwd_ms),
+        "unmasked_area": round(area, 4),
+        "unskipped_tiles_128": round(tiles, 4),
+        "runs": answer["runs"],
+    }
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+
+
+def cpu_machine() -> dict[str, Any]:
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "os": platform.platform(),
+    }
+
+
+def numpy_sgemm_tflops(size: int = 2048, repeats: int = 5) -> float:
+    """The best rate of NumPy's float32 matrix product: what this machine's arithmetic yields in this run."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return float(f"{2 * size**3 / best / 1e12:.4g}")
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = {key: value for key, value in report.items() if key != "rows"}
+    rows = ",\n  ".join(json.dumps(entry) for entry in report["rows"])
+    path.write_text(json.dumps(body, indent=1)[:-2] + f',\n "rows": [\n  {rows}\n ]\n}}\n')
+
+
+def header(device: str, command: str, machine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "measured": datetime.date.today().isoformat(),
+        "device": device,
+        "commit": commit(),
+        "command": command,
+        "machine": machine,
+    }
+
+
+def show(rows: list[dict[str, Any]], unit: str = "TFLOPs/s", factor: float = 1.0) -> None:
+    table = Table(title=f"forward + backward, {unit} by true area")
+    for name in ("mask", "seqlen", "d", "rival", "fwd ms", "bwd ms", unit, "by tile", "ours / rival"):
+        table.add_column(name, justify="left" if name in ("mask", "rival") else "right")
+    ours = {(r["mask"], r["seqlen"], r["head_dim"], r["dtype"]): r for r in rows if r["rival"] == "ours"}
+    for r in rows:
+        mine = ours.get((r["mask"], r["seqlen"], r["head_dim"], r["dtype"]))
+        ratio = (r["fwd_ms"] + r["bwd_ms"]) / (mine["fwd_ms"] + mine["bwd_ms"]) if mine else float("nan")
+        table.add_row(
+            r["mask"],
+            str(r["seqlen"]),
+            str(r["head_dim"]),
+            r["rival"],
+            f"{r['fwd_ms']:.1f}",
+            f"{r['bwd_ms']:.1f}",
+            f"{r['tflops_total'] * factor:.1f}",
+            f"{r['tflops_total_by_tile'] * factor:.1f}",
+            f"{ratio:.2f}",
+        )
+    Console(width=120).print(table)

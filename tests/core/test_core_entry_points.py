@@ -1,0 +1,130 @@
+"""The C entry points refuse bad parameters with a message that names the field, and touch nothing."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from paddle_flashmask import _core
+
+
+def good_params() -> tuple[_core.Params, list[np.ndarray]]:
+    arrays = [np.zeros((1, 16, 2, 8), np.float32) for _ in range(8)]
+    lse, workspace = np.zeros((1, 2, 16), np.float32), np.zeros(4096, np.uint8)
+    views = [_core.tensor_view(array.ctypes.data, (256, 16, 8, 1)) for array in arrays]
+    params = _core.Params(
+        abi_version=_core.ABI_VERSION,
+        batch=1,
+        heads_q=2,
+        heads_k=2,
+        heads_mask=1,
+        seqlen_q=16,
+        seqlen_k=16,
+        head_dim=8,
+        head_dim_v=8,
+        softmax_scale=1.0,
+        lse=lse.ctypes.data,
+        workspace=workspace.ctypes.data,
+        workspace_bytes=workspace.nbytes,
+    )
+    for name, view in zip(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), views, strict=True):
+        setattr(params, name, view)
+    return params, [*arrays, lse, workspace]
+
+
+def test_good_parameters_pass():
+    library = _core.load_library()
+    params, _arrays = good_params()
+    library.forward(params)
+    library.backward(params)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("abi_version", 0),
+        ("device", 7),
+        ("dtype", 3),
+        ("dtype", -1),
+        ("batch", 0),
+        ("heads_q", -2),
+        ("heads_k", 3),
+        ("heads_mask", 4),
+        ("seqlen_q", 0),
+        ("seqlen_k", -1),
+        ("head_dim", 12),
+        ("head_dim", 264),
+        ("head_dim_v", 0),
+        ("num_bounds", 1),
+        ("num_bounds", 3),
+        ("softmax_scale", float("nan")),
+        ("softmax_scale", float("inf")),
+        ("dropout", -0.1),
+        ("dropout", 1.1),
+        ("dropout", float("nan")),
+        ("num_threads", -1),
+        ("cpu_isa", 9),
+    ],
+)
+def test_bad_values(field, value):
+    library = _core.load_library()
+    params, _arrays = good_params()
+    setattr(params, field, value)
+    for call in (library.forward, library.backward, library.forward_workspace_bytes, library.backward_workspace_bytes):
+        with pytest.raises(ValueError, match=field.removesuffix("_v")):
+            call(params)
+
+
+@pytest.mark.parametrize("field", ["q", "k", "v", "out"])
+def test_null_operand(field):
+    params, _arrays = good_params()
+    setattr(params, field, _core.TensorView())
+    with pytest.raises(ValueError, match=field):
+        _core.load_library().forward(params)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("lse", None), ("dout", _core.TensorView()), ("workspace", None), ("workspace_bytes", 3)]
+)
+def test_backward_needs(field, value):
+    params, _arrays = good_params()
+    setattr(params, field, value)
+    with pytest.raises(ValueError, match=field):
+        _core.load_library().backward(params)
+
+
+def test_bounds_and_seed_are_needed_where_they_count():
+    params, _arrays = good_params()
+    params.num_bounds, params.causal = 1, 1
+    with pytest.raises(ValueError, match="bounds"):
+        _core.load_library().forward(params)
+    params, _arrays = good_params()
+    params.dropout = 0.5
+    with pytest.raises(ValueError, match="seed_offset"):
+        _core.load_library().forward(params)
+
+
+def test_lse_may_be_left_out_of_the_forward():
+    params, _arrays = good_params()
+    params.lse = None
+    _core.load_library().forward(params)
+
+
+def test_a_build_without_cuda_says_so():
+    params, _arrays = good_params()
+    params.device = _core.CUDA
+    library = _core.load_library()
+    try:
+        library.forward(params)
+    except NotImplementedError as error:
+        assert "CUDA" in str(error)
+    except (ValueError, RuntimeError):
+        pass  # a build with CUDA refuses host pointers or finds no device
+
+
+def test_null_params():
+    raw = ctypes.CDLL(str(_core.load_library().path))
+    assert raw.flashmask_forward(None) == 1
+    assert raw.flashmask_backward(None) == 1
