@@ -159,7 +159,13 @@ class BuildExt(build_ext):
             # Headers only: the binding takes a stream from Paddle and calls nothing of the CUDA runtime.
             extension.define_macros.append(("PADDLE_WITH_CUDA", None))
             extension.include_dirs.append(os.path.join(self.cuda_home, "include"))
+        # Paddle's OpenMP runtime comes before the core's libgomp, so that the core's OpenMP calls go to Paddle's: one pool
+        # of threads in the process, and Paddle's number of threads. (Two pools wait actively for each other's cores.)
+        openmp = "libiomp5.so"
+        if any(os.path.exists(os.path.join(folder, openmp)) for folder in extension.library_dirs):
+            extension.extra_link_args += ["-Wl,--no-as-needed", f"-l:{openmp}", "-Wl,--as-needed"]
         extension.library_dirs.append(os.path.join(self.build_lib, PACKAGE, "lib"))
+        extension.extra_link_args.append("-lflashmask")
         # Paddle's own folders need no rpath: `import paddle` has its libraries in the process already.
         extension.runtime_library_dirs.append("$ORIGIN/lib")
 
@@ -187,7 +193,6 @@ setup(
             sources=["custom_ops/paddle/flashmask_binding.cc"],
             depends=["custom_ops/paddle/checks.h", "custom_ops/flashmask/flashmask.h"],
             include_dirs=["custom_ops/flashmask"],
-            libraries=["flashmask"],
             # Paddle 2.6 and 3.x are built with the new std::string.
             extra_compile_args=["-O2", "-std=c++17", "-D_GLIBCXX_USE_CXX11_ABI=1"],
             language="c++",
