@@ -1,0 +1,182 @@
+"""Checks in front of PaddleNLP's models and trainers: the calls that would train with another mask raise instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+
+__all__ = [
+    "ROW_INDICES",
+    "accepts_row_indices",
+    "guard_attention",
+    "guard_generation",
+    "guard_model",
+    "guard_prepared_inputs",
+    "guard_sequence_split",
+]
+
+ROW_INDICES = "attn_mask_startend_row_indices"
+
+
+def argument_reader(function: Callable[..., Any], name: str) -> Callable[[tuple, dict], Any]:
+    """A reader of argument ``name`` of a call of ``function``, whichever way it was passed; None if it was not."""
+    index = list(inspect.signature(function).parameters).index(name)
+
+    def read(args: tuple, kwargs: dict) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        return args[index] if len(args) > index else None
+
+    return read
+
+
+def accepts_row_indices(layer: Any) -> bool:
+    """Whether the model's ``forward`` names ``attn_mask_startend_row_indices``.
+
+    LoRA and other wrappers are looked through. A ``**kwargs`` that would swallow it does not count.
+    """
+    seen = set()
+    while layer is not None and id(layer) not in seen:
+        seen.add(id(layer))
+        if ROW_INDICES in inspect.signature(layer.forward).parameters:
+            return True
+        # A pipeline model takes one tuple; its class says which inputs it packs into it.
+        prepare = getattr(type(layer), "_prepare_pipeline_inputs_func", None)
+        if prepare is not None and ROW_INDICES in inspect.getsource(prepare):
+            return True
+        # Wrappers: LoRAModel and VeRAModel hold `.model`, Paddle's parallel wrappers hold `._layers`.
+        layer = vars(layer).get("_sub_layers", {}).get("model") or vars(layer).get("_sub_layers", {}).get("_layers")
+    return False
+
+
+def _looks_plain_causal(attention_mask: paddle.Tensor) -> bool:
+    """Whether plain causal attention gives the real tokens what ``attention_mask`` would give them."""
+    if attention_mask.ndim == 2:
+        # 1 for tokens, 0 for padding. Padding on the right lies in the future of every token: causal hides it.
+        keep = attention_mask.astype("int32")
+        return bool((keep[:, :-1] >= keep[:, 1:]).all())
+    if attention_mask.dtype == paddle.bool:
+        allowed = attention_mask
+    elif paddle.is_floating_point(attention_mask):
+        allowed = attention_mask >= 0
+    else:
+        allowed = attention_mask != 0
+    length = allowed.shape[-1]
+    if allowed.shape[-2] != length:
+        return False
+    return bool((allowed == paddle.tril(paddle.ones([length, length], dtype="int32")).astype("bool")).all())
+
+
+def guard_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around a decoder model's ``forward``: masks that the model drops before any layer sees them."""
+    read_mask = argument_reader(original, "attention_mask")
+    has_rows = ROW_INDICES in inspect.signature(original).parameters
+    read_rows = argument_reader(original, ROW_INDICES) if has_rows else lambda args, kwargs: None
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        rows, mask = read_rows(args, kwargs), read_mask(args, kwargs)
+        if rows is not None and getattr(self.config, "alibi", False):
+            raise ValueError(
+                f"{ROW_INDICES} with config.alibi=True: {type(self).__name__} leaves alibi out when it gets row "
+                "indices. Use a model with rotary positions, or a dense attention_mask with use_flash_attention=False"
+            )
+        mask_dropped = rows is None and mask is not None and os.getenv("USE_CASUAL_MASK") == "True"
+        if mask_dropped and not _looks_plain_causal(mask):
+            raise ValueError(
+                f"USE_CASUAL_MASK=True in the environment makes {type(self).__name__} ignore attention_mask and train "
+                "plain causal attention. Unset USE_CASUAL_MASK, or pass row indices (they are not affected)"
+            )
+        return original(*args, **kwargs)
+
+    # For inspect.getfullargspec, which does not look through functools.wraps.
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
+
+
+def guard_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around an attention layer's ``forward``: row indices that would not reach the routed call."""
+    read_rows = argument_reader(original, ROW_INDICES)
+    module = sys.modules[original.__module__]
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        if read_rows(args, kwargs) is not None:
+            config = self.config
+            if not config.use_flash_attention:
+                raise ValueError(
+                    f"{ROW_INDICES} with use_flash_attention=False: PaddleNLP would ignore the row indices and train "
+                    "plain causal attention. Set config.use_flash_attention=True (or --use_flash_attention true)"
+                )
+            if getattr(module, "flash_attention", None) is None:
+                raise ValueError(
+                    f"{ROW_INDICES}: this Paddle has no paddle.nn.functional.flash_attention, so PaddleNLP would "
+                    "ignore the row indices. Install paddlepaddle 3.0 or later"
+                )
+            attend = self.attn_func
+            attend = attend.func if isinstance(attend, functools.partial) else attend
+            if attend.__module__ != original.__module__:
+                raise ValueError(
+                    f"{ROW_INDICES} with attention replaced by {attend.__module__}.{attend.__name__} (shifted sparse "
+                    "attention?), which ignores them. Build the model without that replacement"
+                )
+        return original(*args, **kwargs)
+
+    # For inspect.getfullargspec, which does not look through functools.wraps.
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
+
+
+def guard_sequence_split(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the trainer's split of a batch along the sequence (sep and context parallelism)."""
+
+    @functools.wraps(original)
+    def split(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        masks = [key for key in (ROW_INDICES, "attention_mask") if isinstance(inputs, dict) and key in inputs]
+        if masks:
+            raise ValueError(
+                f"{masks[0]} in a batch that {original.__name__} would cut along the sequence "
+                "(sep_parallel_degree > 1 or context_parallel_degree > 1): the pieces no longer describe the mask. "
+                "Set sep_parallel_degree=1 and context_parallel_degree=1"
+            )
+        return original(inputs, *args, **kwargs)
+
+    return split
+
+
+def guard_prepared_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``Trainer._prepare_inputs``: a model that would swallow row indices in ``**kwargs``."""
+
+    @functools.wraps(original)
+    def prepare(self: Any, inputs: Any) -> Any:
+        if isinstance(inputs, dict) and inputs.get(ROW_INDICES) is not None and not accepts_row_indices(self.model):
+            raise ValueError(
+                f"{ROW_INDICES} in a batch for {type(self.model).__name__}, whose forward does not take them. "
+                "Use a model of paddle_flashmask.paddlenlp.MODELS, or --flash_mask false"
+            )
+        return original(self, inputs)
+
+    return prepare
+
+
+def guard_generation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``SFTTrainer.prediction_step``: generation takes a dense mask only."""
+
+    @functools.wraps(original)
+    def prediction_step(self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        if self.do_generation and not prediction_loss_only and inputs.get(ROW_INDICES) is not None:
+            raise ValueError(
+                f"{ROW_INDICES} with do_generation=True: PaddleNLP generates without them, across the packed samples. "
+                "Evaluate with do_generation=False, or give an evaluation set that is not packed"
+            )
+        return original(self, model, inputs, prediction_loss_only, ignore_keys)
+
+    return prediction_step

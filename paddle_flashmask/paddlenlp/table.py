@@ -1,0 +1,84 @@
+"""What is replaced in PaddleNLP."""
+
+from __future__ import annotations
+
+from . import guards, routing, workarounds
+from .families import FAMILIES
+from .patching import Patch
+
+__all__ = ["patches"]
+
+_TRANSFORMERS = "paddlenlp.transformers"
+
+
+def patches() -> list[Patch]:
+    """Every replacement, in the order in which it is made."""
+    table = [
+        Patch(
+            f"{_TRANSFORMERS}.llama.fusion_ops:fusion_flash_attention",
+            routing.route,
+            "row indices have no CPU kernel, and a dense mask is ignored by Paddle 3.3 where is_causal=True",
+        ),
+        Patch(
+            f"{_TRANSFORMERS}.qwen.modeling:QWenModel.forward",
+            guards.guard_model,
+            "USE_CASUAL_MASK=True drops the attention mask",
+        ),
+        Patch(
+            f"{_TRANSFORMERS}.refined_recompute:switch_rng_state_tracker",
+            workarounds.rng_tracker,
+            "refined recompute fails: Paddle 3.1 added two arguments",
+            workarounds.rng_tracker_wants_more,
+        ),
+        Patch(
+            "paddlenlp.trl.dpo_trainer:prepare_pipeline_dpo_inputs_func",
+            workarounds.dpo_pipeline_inputs,
+            "DPO with pipeline parallelism drops the row indices: a misspelt key",
+        ),
+        Patch(
+            "paddlenlp.trl.sft_trainer:SFTTrainer.prediction_step",
+            guards.guard_generation,
+            "evaluation with generation drops the row indices",
+        ),
+        Patch(
+            "paddlenlp.trainer.trainer:Trainer._prepare_inputs",
+            guards.guard_prepared_inputs,
+            "a model with **kwargs swallows row indices",
+        ),
+    ]
+    for name in ("split_inputs_sequence_dim", "split_inputs_sequence_dim_load_balance"):
+        table.append(
+            Patch(
+                f"paddlenlp.trainer.trainer:{name}",
+                guards.guard_sequence_split,
+                "a mask that is cut along the sequence no longer fits the attention that runs over all of it",
+            )
+        )
+    for name in ("moe_gate", "moe_gate_auto"):
+        table.append(
+            Patch(
+                f"{_TRANSFORMERS}.{name}:PretrainedMoEGate._priority",
+                workarounds.expert_slots,
+                "the expert gate fails: Paddle 3.2's cumsum of int32 gives int64",
+                workarounds.cumsum_promotes_int32,
+            )
+        )
+    for folder, prefix in FAMILIES.items():
+        table += [
+            Patch(
+                f"{_TRANSFORMERS}.{folder}.modeling:{prefix}Model.forward",
+                guards.guard_model,
+                "USE_CASUAL_MASK=True drops the attention mask; alibi is left out beside row indices",
+            ),
+            Patch(
+                f"{_TRANSFORMERS}.{folder}.modeling:{prefix}Attention.forward",
+                guards.guard_attention,
+                "use_flash_attention=False ignores row indices",
+            ),
+            Patch(
+                f"{_TRANSFORMERS}.{folder}.modeling_pp:parse_args",
+                workarounds.pipeline_arguments,
+                "pipeline stages mix up masks, row indices and position ids",
+            ),
+        ]
+    return table

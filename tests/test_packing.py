@@ -1,0 +1,240 @@
+"""SFT packing: which samples share a row, and what a batch of rows holds."""
+
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paddle_flashmask.paddlenlp import PackedDataset, PackingCollator, encode_pair, pack_lengths
+from paddle_flashmask.paddlenlp.packing import IGNORE
+
+lengths_and_room = st.integers(1, 64).flatmap(
+    lambda room: st.tuples(st.lists(st.integers(1, room), max_size=60), st.just(room))
+)
+
+
+def sample(*tokens, labels=None):
+    return {"input_ids": list(tokens), "labels": list(tokens if labels is None else labels)}
+
+
+class TestPackLengths:
+    @pytest.mark.parametrize("strategy", ["greedy", "in_order"])
+    @given(case=lengths_and_room)
+    def test_every_sample_once_and_no_row_too_long(self, strategy, case):
+        lengths, room = case
+        rows = pack_lengths(lengths, room, strategy)
+        assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+        assert all(0 < sum(lengths[index] for index in row) <= room for row in rows)
+        assert all(row == sorted(row) for row in rows)
+
+    @given(case=lengths_and_room)
+    def test_greedy_is_within_its_bound(self, case):
+        # Best fit decreasing needs at most 11/9 of the optimum plus 4 rows (Johnson 1973), which in_order is not below.
+        lengths, room = case
+        rows = pack_lengths(lengths, room, "greedy")
+        in_order = pack_lengths(lengths, room, "in_order")
+        assert len(rows) <= 11 / 9 * len(in_order) + 4
+        assert len(rows) >= sum(lengths) / room
+
+    def test_in_order(self):
+        assert pack_lengths([5, 5, 1, 10, 3], 10, "in_order") == [[0, 1], [2], [3], [4]]
+
+    def test_greedy(self):
+        assert pack_lengths([5, 5, 1, 10, 3, 6], 10, "greedy") == [[0, 1], [2, 4, 5], [3]]
+
+    def test_nothing(self):
+        assert pack_lengths([], 10) == []
+
+    def test_a_million_tokens_take_no_time(self):
+        random = np.random.default_rng(0)
+        lengths = random.integers(1, 2048, 20_000)
+        rows = pack_lengths(lengths, 2048)
+        assert len(rows) <= 1.02 * lengths.sum() / 2048
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            (([1, 11], 10), ValueError, r"lengths\[1\]=11"),
+            (([0], 10), ValueError, r"lengths\[0\]=0"),
+            (([[1]], 10), ValueError, "one-dimensional"),
+            (([1], 0), ValueError, "max_length must be at least 1, got 0"),
+            (([1], 2.5), TypeError, "max_length must be an integer, got float"),
+            (([1], 10, "best"), ValueError, "strategy must be one of greedy, in_order, got 'best'"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            pack_lengths(*arguments)
+
+
+class TestPackedDataset:
+    def test_row(self):
+        dataset = PackedDataset([sample(1, 2, 3), sample(4, 5, labels=[IGNORE, 6]), sample(7, 8, 9)], 6, "in_order")
+        assert len(dataset) == 2
+        row = dataset[0]
+        assert row["input_ids"].tolist() == [1, 2, 3, 4, 5]
+        assert row["labels"].tolist() == [1, 2, 3, IGNORE, 6]
+        assert row["position_ids"].tolist() == [0, 1, 2, 0, 1]
+        assert row["lengths"].tolist() == [3, 2]
+
+    def test_too_long_raises(self):
+        with pytest.raises(ValueError, match=r"samples\[1\] has 5 tokens, more than max_length=4"):
+            PackedDataset([sample(1, 2), sample(1, 2, 3, 4, 5)], 4)
+
+    def test_too_long_is_skipped_counted_and_logged(self, caplog):
+        with caplog.at_level(logging.WARNING):
+            dataset = PackedDataset([sample(1, 2), sample(*range(9)), sample(*range(7)), sample(3)], 4, too_long="skip")
+        assert dataset.skipped == 2
+        assert dataset.stats().samples == 2
+        assert "skipped 2 of 4 samples" in caplog.text
+        assert "longest has 9 tokens" in caplog.text
+        assert sorted(dataset[0]["input_ids"].tolist()) == [1, 2, 3]
+
+    def test_stats(self):
+        stats = PackedDataset([sample(1, 2, 3), sample(4, 5)], 10).stats()
+        assert (stats.samples, stats.skipped, stats.rows, stats.tokens) == (2, 0, 1, 5)
+        assert stats.fill == pytest.approx(0.5)
+        assert stats.attended == pytest.approx((6 + 3) / 100)
+
+    @pytest.mark.parametrize(
+        ("samples", "error", "message"),
+        [
+            ([], ValueError, "at least one sample"),
+            ([sample(1), sample()], ValueError, r"samples\[1\] has no tokens"),
+            (
+                [sample(1, 2, labels=[1])],
+                ValueError,
+                r"samples\[0\] must have as many labels as input_ids, got 1 and 2",
+            ),
+            ([sample(1, 2, labels=[IGNORE] * 2)], ValueError, r"samples\[0\] has nothing to learn"),
+            ([{"input_ids": [1]}], TypeError, r"samples\[0\] must be a mapping with input_ids and labels"),
+            ([[1, 2]], TypeError, r"samples\[0\] must be a mapping.*got list"),
+            ([sample(1.5)], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers"),
+            ([sample([1, 2])], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers"),
+        ],
+    )
+    def test_bad_samples(self, samples, error, message):
+        with pytest.raises(error, match=message):
+            PackedDataset(samples, 8)
+
+    def test_bad_too_long(self):
+        with pytest.raises(ValueError, match="too_long must be one of error, skip"):
+            PackedDataset([sample(1)], 8, too_long="truncate")
+
+
+class TestPackingCollator:
+    rows = PackedDataset([sample(1, 2, 3), sample(4, 5), sample(6, 7, 8, 9)], 5, "in_order")
+
+    def test_flashmask_batch(self):
+        batch = PackingCollator(7, pad_token_id=99)([self.rows[0], self.rows[1]])
+        assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
+            "input_ids": (np.int64, (2, 7)),
+            "labels": (np.int64, (2, 7)),
+            "position_ids": (np.int64, (2, 7)),
+            "attn_mask_startend_row_indices": (np.int32, (2, 1, 7)),
+        }
+        assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 99, 99], [6, 7, 8, 9, 99, 99, 99]]
+        assert batch["labels"].tolist() == [[1, 2, 3, 4, 5, IGNORE, IGNORE], [6, 7, 8, 9, IGNORE, IGNORE, IGNORE]]
+        assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 0, 0, 0]]
+        assert batch["attn_mask_startend_row_indices"].tolist() == [[[3, 3, 3, 5, 5, 0, 0]], [[4, 4, 4, 4, 0, 0, 0]]]
+
+    @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), padding=st.integers(0, 5))
+    def test_both_masks_say_the_same(self, lengths, padding):
+        room = sum(lengths) + padding
+        dataset = PackedDataset([sample(*range(1, n + 1)) for n in lengths], room, "in_order")
+        sparse = PackingCollator(room, mask="flashmask")([dataset[0]])
+        dense = PackingCollator(room, mask="dense")([dataset[0]])
+        for key in ("input_ids", "labels", "position_ids"):
+            np.testing.assert_array_equal(sparse[key], dense[key])
+        i, j = np.arange(room)[:, None], np.arange(room)[None, :]
+        allowed = (j <= i) & (i < sparse["attn_mask_startend_row_indices"][0, 0][None, :])
+        assert dense["attention_mask"].dtype == bool
+        np.testing.assert_array_equal(dense["attention_mask"][0, 0], allowed)
+        document = np.concatenate([np.repeat(np.arange(len(lengths)), lengths), np.full(padding, -1)])
+        np.testing.assert_array_equal(allowed, (j <= i) & (document[:, None] == document[None, :]) & (document >= 0))
+
+    def test_same_rows_as_paddlenlp_zero_padding(self):
+        zero_padding = pytest.importorskip("paddlenlp.datasets.zero_padding_dataset").ZeroPaddingMapDataset
+        features = []
+        for tokens in ([1, 2, 3], [4, 5], [6, 7, 8, 9]):
+            n = len(tokens)
+            features.append(
+                {**sample(*tokens), "position_ids": list(range(n)), "attn_mask_startend_row_indices": [n] * n}
+            )
+        theirs = zero_padding(features, None, 5)
+        batch = PackingCollator(5)([self.rows[0], self.rows[1]])
+        for index in range(2):
+            used = len(theirs[index]["input_ids"])
+            for key in ("input_ids", "labels", "position_ids"):
+                assert batch[key][index, :used].tolist() == theirs[index][key]
+            assert (
+                batch["attn_mask_startend_row_indices"][index, 0, :used].tolist()
+                == (theirs[index]["attn_mask_startend_row_indices"])
+            )
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"rows\[0\] has 5 tokens, more than max_length=4"):
+            PackingCollator(4)([self.rows[0]])
+        with pytest.raises(ValueError, match="at least one row"):
+            PackingCollator(4)([])
+        with pytest.raises(ValueError, match="mask must be one of flashmask, dense, got 'sparse'"):
+            PackingCollator(4, mask="sparse")
+        with pytest.raises(TypeError, match="pad_token_id must be an integer, got NoneType"):
+            PackingCollator(4, pad_token_id=None)
+        with pytest.raises(ValueError, match="max_length must be at least 1"):
+            PackingCollator(0)
+
+
+class Tokenizer:
+    """One token per character, 1 before and (if `closes`) 2 after a text with special tokens."""
+
+    eos_token_id = 2
+
+    def __init__(self, closes=False):
+        self.closes = closes
+
+    def __call__(self, text, add_special_tokens):
+        ids = [ord(c) for c in text]
+        return {"input_ids": [1, *ids, *([2] if self.closes else [])] if add_special_tokens else ids}
+
+
+class TestEncodePair:
+    @pytest.mark.parametrize("closes", [False, True])
+    def test_labels_are_the_next_tokens_of_the_answer(self, closes):
+        got = encode_pair(Tokenizer(closes), "ab", "xy")
+        a, b, x, y = map(ord, "abxy")
+        assert got["input_ids"] == [1, a, b, x, y]
+        assert got["labels"] == [IGNORE, IGNORE, x, y, 2]
+
+    def test_turns(self):
+        a, x, b, y = map(ord, "axby")
+        got = encode_pair(Tokenizer(), ["a", "b"], ["x", "y"])
+        assert got["input_ids"] == [1, a, x, 2, b, y]
+        assert got["labels"] == [IGNORE, x, 2, IGNORE, y, 2]
+
+    def test_long_answers_are_whole(self):
+        got = encode_pair(Tokenizer(), "a", "x" * 5000)
+        assert len(got["labels"]) == 5002
+        assert got["labels"][-2:] == [ord("x"), 2]
+
+    @pytest.mark.parametrize(
+        ("source", "target", "error", "message"),
+        [
+            ("a", "", ValueError, "target must not be empty, got '' in turn 0"),
+            (["a", "b"], ["x"], ValueError, "equally many turns, at least 1; got 2 and 1"),
+            ([], [], ValueError, "at least 1"),
+            (None, "x", TypeError, "source"),
+            ("a", [3], TypeError, "target must be a string or a list of strings, got a list with int"),
+        ],
+    )
+    def test_bad_pairs(self, source, target, error, message):
+        with pytest.raises(error, match=message):
+            encode_pair(Tokenizer(), source, target)
+
+    def test_tokenizer_without_eos(self):
+        tokenizer = Tokenizer()
+        tokenizer.eos_token_id = None
+        with pytest.raises(ValueError, match="eos_token"):
+            encode_pair(tokenizer, "a", "x")

@@ -1,0 +1,136 @@
+"""enable(), disable(), enabled(): installing and removing the replacements in PaddleNLP."""
+
+import importlib
+import threading
+
+import pytest
+from paddlenlp_models import FAMILIES, assert_same, batches, loss_and_gradients, model
+
+import paddle_flashmask.paddlenlp as flashmask_nlp
+from paddle_flashmask.paddlenlp.patching import Patch, PatchSet
+from paddle_flashmask.paddlenlp.table import patches
+
+
+@pytest.fixture(autouse=True)
+def off_before_and_after():
+    flashmask_nlp.disable()
+    yield
+    flashmask_nlp.disable()
+    assert not flashmask_nlp.is_enabled()
+
+
+def snapshot():
+    found = {}
+    for patch in patches():
+        owner, name = patch.owner()
+        found[patch.target] = vars(owner)[name]
+    return found
+
+
+def test_replaces_and_restores_exactly():
+    before = snapshot()
+    flashmask_nlp.enable()
+    during = snapshot()
+    needed = [patch.target for patch in patches() if patch.needed()]
+    assert [target for target in before if during[target] is not before[target]] == needed
+    flashmask_nlp.disable()
+    assert {target: id(value) for target, value in snapshot().items()} == {t: id(v) for t, v in before.items()}
+
+
+def test_idempotent():
+    flashmask_nlp.enable()
+    first = snapshot()
+    flashmask_nlp.enable()
+    assert snapshot() == first
+    flashmask_nlp.disable()
+    assert not flashmask_nlp.is_enabled()
+    flashmask_nlp.disable()
+
+
+def test_blocks_nest_and_keep_an_outer_switch():
+    with flashmask_nlp.enabled():
+        with flashmask_nlp.enabled():
+            assert flashmask_nlp.is_enabled()
+        assert flashmask_nlp.is_enabled()
+        flashmask_nlp.disable()
+        assert flashmask_nlp.is_enabled(), "the open block still wants it"
+    assert not flashmask_nlp.is_enabled()
+    flashmask_nlp.enable()
+    with flashmask_nlp.enabled():
+        pass
+    assert flashmask_nlp.is_enabled()
+
+
+def test_block_restores_after_an_exception():
+    with pytest.raises(KeyError), flashmask_nlp.enabled():
+        raise KeyError
+    assert not flashmask_nlp.is_enabled()
+
+
+def test_overlapping_blocks_of_threads():
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with flashmask_nlp.enabled():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    with flashmask_nlp.enabled():
+        thread.start()
+        assert inside.wait(10)
+    assert flashmask_nlp.is_enabled()
+    leave.set()
+    thread.join(10)
+    assert not flashmask_nlp.is_enabled()
+
+
+def test_refuses_to_restore_over_another_replacement(monkeypatch):
+    fusion_ops = importlib.import_module("paddlenlp.transformers.llama.fusion_ops")
+    original = fusion_ops.fusion_flash_attention
+    flashmask_nlp.enable()
+    ours = fusion_ops.fusion_flash_attention
+    fusion_ops.fusion_flash_attention = lambda *args, **kwargs: None
+    with pytest.raises(RuntimeError, match="fusion_flash_attention was replaced again"):
+        flashmask_nlp.disable()
+    assert flashmask_nlp.is_enabled()
+    fusion_ops.fusion_flash_attention = ours
+    flashmask_nlp.disable()
+    assert fusion_ops.fusion_flash_attention is original
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["paddlenlp.trainer.trainer:no_such_function", "paddlenlp.no_such_module:x", "paddlenlp.trl:SFTTrainer.log2"],
+)
+def test_another_paddlenlp_version_is_refused(target):
+    before = snapshot()
+    everything = PatchSet([*patches(), Patch(target, lambda original: original, "does not exist")])
+    with pytest.raises(ImportError, match=r"paddlenlp 3\.0\.0b4"):
+        everything.install()
+    assert snapshot() == before
+    assert not everything.installed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_built_before_are_routed_and_restored(family):
+    net = model(family)
+    made = batches((13, 20, 15, 30, 18))
+    with flashmask_nlp.enabled():
+        got = loss_and_gradients(net, made["flashmask"], use_flash_attention=True)
+        reference = loss_and_gradients(model(family), made["dense"], use_flash_attention=False)
+    assert_same(got, reference)
+
+
+def test_listed_models_take_row_indices():
+    import inspect
+
+    from paddlenlp import transformers
+
+    assert tuple(f"{family}ForCausalLM" for family in FAMILIES) == flashmask_nlp.MODELS
+    for name in flashmask_nlp.MODELS:
+        forward = getattr(transformers, name).forward
+        assert "attn_mask_startend_row_indices" in inspect.signature(forward).parameters
+    with flashmask_nlp.enabled():
+        spec = inspect.getfullargspec(transformers.LlamaModel.forward)
+        assert "position_ids" in spec.args
