@@ -9,6 +9,7 @@ Each rival runs in a process of its own. Results go to --out as JSON and to the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -44,10 +45,8 @@ class Worker:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
             )
-        try:
+        with contextlib.suppress(BrokenPipeError):  # a worker that ended early says why, or says nothing, below
             print(json.dumps({"case": case.as_dict(), "seconds": seconds}), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # the worker ended early; its answer, or the lack of one, says why
         line = self.process.stdout.readline()
         if not line:
             return {"failed": f"the process ended with status {self.process.wait()}"}
@@ -83,9 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rivals", type=names, default=None)
     parser.add_argument("--slow-rivals", type=names, default=["paddle_dense"], help="run on --slow-masks only")
     parser.add_argument("--slow-masks", type=names, default=["causal", "causal_document"])
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, help="time to spend on each direction of each measurement"
-    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each direction of a measurement")
     parser.add_argument("--out", type=Path, default=None, help="default: build/bench/DEVICE.json")
     arguments = parser.parse_args()
     for mask in arguments.masks:

@@ -1,4 +1,4 @@
-"""Every array that the driver allocates for a result starts as NaN: a value that no kernel wrote fails the comparison."""
+"""Every array that the driver allocates for a result starts as NaN: a value that no kernel wrote fails a comparison."""
 
 from __future__ import annotations
 

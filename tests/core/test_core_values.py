@@ -61,8 +61,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_naive(mask, layout, dtype):
     for name in ("out", "dq", "dk", "dv"):
         error = np.abs(loaded(results[name]) - expected[name]).max()
         naive_error = np.abs(naive[name] - expected[name]).max()
-        # FlashAttention-3's tests allow this besides: what rounding twice at a magnitude of 0.3 costs. Fused kernels take
-        # delta from the rounded output, which the naive backward pass does not.
+        # FlashAttention-3's tests allow this besides: what rounding twice at a magnitude of 0.3 costs. Fused kernels
+        # take delta from the rounded output, which the naive backward pass does not.
         want = rounded(expected[name], dtype)
         shifted = rounded(rounded(want + np.float32(0.3), dtype) - np.float32(0.3), dtype)
         slack = 2 * np.abs(shifted - want).max()

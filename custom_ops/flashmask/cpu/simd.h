@@ -20,6 +20,7 @@ namespace FLASHMASK_ISA {
 
 typedef float VecF __attribute__((vector_size(FLASHMASK_VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(FLASHMASK_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(FLASHMASK_VECTOR_BYTES)));
 
 constexpr int kLanes = FLASHMASK_VECTOR_BYTES / 4;
 constexpr float kInfinity = __builtin_inff();
@@ -44,7 +45,7 @@ FLASHMASK_INLINE VecI broadcast_int(int32_t value) { return VecI{} + value; }
 // The comparison is written so that a NaN in `value` stays out of the maximum; it reaches the result through exp2.
 FLASHMASK_INLINE VecF maximum(VecF best, VecF value) { return value > best ? value : best; }
 
-// 2^x for x <= 0 and a little above. Exactly 1 at 0 and exactly 0 below -126, so that tiles which are fully masked
+// 2^x for x below 128; above, some number that a caller must not use. Exactly 1 at 0 and exactly 0 below -126, so that tiles which are fully masked
 // change nothing; NaN stays NaN.
 //
 // x = n + f with n integer and |f| <= 1/2; 2^f by a polynomial of degree 6, relative error 5.2e-9, fitted at Chebyshev
@@ -62,8 +63,9 @@ FLASHMASK_INLINE VecF exp2_vec(VecF x) {
   p = p * f + broadcast(2.40226509223e-1f);
   p = p * f + broadcast(6.93147188029e-1f);
   p = p * f + broadcast(1.0f);
-  const VecI exponent = (VecI)shifted << 23;  // the shifter's own bits leave through the top
-  const VecF power = (VecF)((VecI)p + exponent);
+  // Unsigned: the shifter's own bits leave through the top, and a masked score may be far above its row's maximum.
+  const VecU exponent = (VecU)shifted << 23;
+  const VecF power = (VecF)((VecU)p + exponent);
   const VecF zero = {};
   // On NaN both comparisons fail and the polynomial's NaN is kept.
   return x < broadcast(-126.0f) ? zero : (x == x ? power : p);
