@@ -45,8 +45,8 @@ def sample(results: dict[str, np.ndarray]) -> dict[str, list[float]]:
 def largest_difference(mine: dict[str, list[float]], reference: dict[str, list[float]]) -> float:
     """Largest ||a - b|| / ||b|| over the results; NaN if a value is NaN."""
     worst = 0.0
-    for name, expected in reference.items():
-        a, b = np.asarray(mine[name]), np.asarray(expected)
+    for name, values in mine.items():
+        a, b = np.asarray(values), np.asarray(reference[name])
         worst = float(np.maximum(worst, np.linalg.norm(a - b) / np.linalg.norm(b)))  # NaN wins in np.maximum
     return worst
 
@@ -55,10 +55,10 @@ def measure(rival: Rival, case: Case, seconds: float) -> dict[str, Any]:
     """Times in ms, and sampled results. `seconds` is spent on each direction, three runs at least where they fit."""
     rival.prepare(case)
     fwd_ms, fwd_runs = _median_ms(rival.forward, rival.poison, seconds)
-    bwd_ms, bwd_runs = _median_ms(rival.backward, lambda: None, seconds)
+    bwd_ms, bwd_runs = _median_ms(rival.backward, lambda: None, seconds) if rival.has_backward else (None, 0)
     return {
         "fwd_ms": round(fwd_ms, 3),
-        "bwd_ms": round(bwd_ms, 3),
+        "bwd_ms": None if bwd_ms is None else round(bwd_ms, 3),
         "runs": [fwd_runs, bwd_runs],
         "versions": rival.versions(),
         "sample": sample(rival.results()),

@@ -25,8 +25,11 @@ def row(case: Case, rival: str, answer: dict[str, Any]) -> dict[str, Any]:
     fully masked as full (the paper's way). The backward pass counts 2.5 times the forward's operations."""
     area, tiles = case.area()
     fwd_ms, bwd_ms = answer["fwd_ms"], answer["bwd_ms"]
+    total_ms = None if bwd_ms is None else fwd_ms + bwd_ms
 
-    def tflops(share: float, passes: float, milliseconds: float) -> float:
+    def tflops(share: float, passes: float, milliseconds: float | None) -> float | None:
+        if milliseconds is None:
+            return None
         return float(f"{case.forward_flops() * share * passes / milliseconds / 1e9:.4g}")
 
     return {
@@ -42,8 +45,8 @@ def row(case: Case, rival: str, answer: dict[str, Any]) -> dict[str, Any]:
         "bwd_ms": bwd_ms,
         "tflops_fwd": tflops(area, 1, fwd_ms),
         "tflops_bwd": tflops(area, 2.5, bwd_ms),
-        "tflops_total": tflops(area, 3.5, fwd_ms + bwd_ms),
-        "tflops_total_by_tile": tflops(tiles, 3.5, fwd_ms + bwd_ms),
+        "tflops_total": tflops(area, 3.5, total_ms),
+        "tflops_total_by_tile": tflops(tiles, 3.5, total_ms),
         "unmasked_area": round(area, 4),
         "unskipped_tiles_128": round(tiles, 4),
         "runs": answer["runs"],
@@ -100,23 +103,29 @@ def header(device: str, command: str, machine: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"
+
+
 def show(rows: list[dict[str, Any]], unit: str = "TFLOPs/s", factor: float = 1.0) -> None:
+    """Prints the rows. The last column compares forward + backward times, or forward alone if a rival has no backward."""
     table = Table(title=f"forward + backward, {unit} by true area")
-    for name in ("mask", "seqlen", "d", "rival", "fwd ms", "bwd ms", unit, "by tile", "ours / rival"):
+    for name in ("mask", "seqlen", "d", "rival", "fwd ms", "bwd ms", unit, "by tile", "rival's time / ours"):
         table.add_column(name, justify="left" if name in ("mask", "rival") else "right")
     ours = {(r["mask"], r["seqlen"], r["head_dim"], r["dtype"]): r for r in rows if r["rival"] == "ours"}
     for r in rows:
         mine = ours.get((r["mask"], r["seqlen"], r["head_dim"], r["dtype"]))
-        ratio = (r["fwd_ms"] + r["bwd_ms"]) / (mine["fwd_ms"] + mine["bwd_ms"]) if mine else float("nan")
+        directions = ("fwd_ms",) if r["bwd_ms"] is None else ("fwd_ms", "bwd_ms")
+        ratio = sum(r[d] for d in directions) / sum(mine[d] for d in directions) if mine else None
         table.add_row(
             r["mask"],
             str(r["seqlen"]),
             str(r["head_dim"]),
             r["rival"],
-            f"{r['fwd_ms']:.1f}",
-            f"{r['bwd_ms']:.1f}",
-            f"{r['tflops_total'] * factor:.1f}",
-            f"{r['tflops_total_by_tile'] * factor:.1f}",
-            f"{ratio:.2f}",
+            _number(r["fwd_ms"]),
+            _number(r["bwd_ms"]),
+            _number(r["tflops_total"], factor),
+            _number(r["tflops_total_by_tile"], factor),
+            _number(ratio, digits=2),
         )
     Console(width=120).print(table)

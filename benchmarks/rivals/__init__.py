@@ -22,6 +22,7 @@ Arrays = dict[str, np.ndarray]
 class Rival:
     name: str
     dtypes: tuple[str, ...] = ("float32",)
+    has_backward: bool = True
 
     def supports(self, case: Case) -> str | None:
         return None if case.dtype in self.dtypes else f"no {case.dtype}"

@@ -66,7 +66,7 @@ class _Torch(Rival):
         query, key, value, grad = (
             torch.from_numpy(np.ascontiguousarray(array.transpose(0, 2, 1, 3))) for array in case.inputs()
         )
-        self.inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+        self.inputs = [tensor.requires_grad_(self.has_backward) for tensor in (query, key, value)]
         self.grad = grad
         self.prepare_mask(case)
 
@@ -77,7 +77,9 @@ class _Torch(Rival):
         self.grads = self.torch.autograd.grad(self.out, self.inputs, self.grad, retain_graph=True)
 
     def results(self) -> Arrays:
-        tensors = dict(zip(("out", "dq", "dk", "dv"), (self.out, *self.grads), strict=True))
+        tensors = {"out": self.out}
+        if self.has_backward:
+            tensors |= dict(zip(("dq", "dk", "dv"), self.grads, strict=True))
         return {name: tensor.detach().numpy().transpose(0, 2, 1, 3) for name, tensor in tensors.items()}
 
 
@@ -112,9 +114,10 @@ class TorchDense(_Torch):
 
 
 class TorchFlex(_Torch):
-    """FlexAttention, compiled, its BlockMask built outside the timed region."""
+    """FlexAttention, compiled, its BlockMask built outside the timed region. On a CPU it has no backward pass."""
 
     name = "flex"
+    has_backward = False
 
     def prepare_mask(self, case: Case) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -127,6 +130,7 @@ class TorchFlex(_Torch):
 
         self.block_mask = create_block_mask(visible, case.batch, None, case.seqlen, case.seqlen, device="cpu")
         self.attention = self.torch.compile(flex_attention, dynamic=False)
+        self.forward()  # compiles
 
     def forward(self) -> None:
         self.out = self.attention(*self.inputs, block_mask=self.block_mask)
