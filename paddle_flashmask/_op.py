@@ -68,6 +68,9 @@ def run(
     deterministic: bool,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Calls the op in dynamic mode, or adds it to the program being built. Returns (out, softmax_lse)."""
+    if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
+        # Paddle records custom ops under no_grad too, which keeps every input alive: recompute would save nothing.
+        query, key, value = (tensor.detach() for tensor in (query, key, value))
     inputs = {
         "query": query,
         "key": key,

@@ -10,7 +10,8 @@ from ._checks import Sizes
 from .masks import window_indices
 from .masks.windows import parse_window
 
-_INT32_MAX = 2**31 - 1
+# Longer than any sequence, short enough for sums in int32 and for constants that pass through float32.
+_FAR = 2**30
 
 
 def window_bounds(
@@ -27,14 +28,12 @@ def window_bounds(
     bounds, causal = window_indices(window_size, sizes.seqlen_q, sizes.seqlen_k, causal, sizes.batch, heads)
     if bounds is None:
         return None, causal
-    place = query.place if isinstance(query, paddle.Tensor) else None
-    return paddle.to_tensor(bounds, place=place), causal
+    return paddle.to_tensor(bounds, place=query.place if paddle.in_dynamic_mode() else None), causal
 
 
 def _unknown_sizes(window_size: Any, query: Any, key: Any, heads: Any, causal: bool) -> tuple[Any | None, bool]:
     """The same bounds as `masks.window_indices`, in operations on sizes that only the running program knows."""
-    # Larger than any sequence, small enough for int32 sums.
-    left, right = (min(side, 2**30) for side in parse_window(window_size))
+    left, right = (min(side, _FAR) for side in parse_window(window_size))
     causal = causal or right == 0
     if left < 0 and (causal or right < 0):
         return None, causal
@@ -42,7 +41,7 @@ def _unknown_sizes(window_size: Any, query: Any, key: Any, heads: Any, causal: b
     seqlen_q, seqlen_k = query_shape[1], key_shape[1]
     diagonal = paddle.arange(0, seqlen_k, dtype="int32") - (seqlen_k - seqlen_q).astype("int32")
     # What lies outside [0, seqlen_q] is clipped by the kernel.
-    bounds = [paddle.full_like(diagonal, _INT32_MAX) if left < 0 else diagonal + (left + 1)]
+    bounds = [paddle.full_like(diagonal, _FAR) if left < 0 else diagonal + (left + 1)]
     if not causal:
         bounds.append(paddle.zeros_like(diagonal) if right < 0 else diagonal - right)
     stacked = paddle.stack(bounds, axis=-1).unsqueeze([0, 1])
