@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,15 +55,19 @@ def dtype_name(tensor: Any) -> str:
 def shown(value: Any) -> str:
     """A short description of a value for an error message."""
     if isinstance(value, _TENSOR_TYPES):
-        return f"a {dtype_name(value)} tensor of shape {list(value.shape)}"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+        return f"{dtype_name(value)} tensor of shape {list(value.shape)}"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 def tensor(name: str, value: Any) -> None:
-    """Refuses what is no Paddle tensor."""
+    """Refuses what is no dense Paddle tensor."""
     if not isinstance(value, _TENSOR_TYPES):
         raise TypeError(f"{name}: expected a paddle.Tensor, got {shown(value)}")
+    if paddle.in_dynamic_mode():
+        if not value.is_dense():
+            raise TypeError(f"{name}: expected a dense paddle.Tensor, got a sparse or distributed one")
+        if not value._is_initialized() and 0 not in value.shape:
+            raise ValueError(f"{name}: expected a paddle.Tensor that holds data, got one whose memory was released")
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -76,8 +81,11 @@ def real(name: str, value: Any) -> float:
     """`value` as float, rounded to the float32 that the op computes with."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a float, got {shown(value)}")
-    with np.errstate(over="ignore"):
-        return float(np.float32(float(value)))
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(float(value)))
+    except OverflowError:  # an integer beyond float64
+        return math.inf
 
 
 def string(name: str, value: Any) -> str:
@@ -127,12 +135,12 @@ def qkv_dtypes(query: Any, key: Any, value: Any) -> None:
             )
 
 
-def same_device(query: Any, others: dict[str, Any]) -> None:
+def same_device(query: Any, others: dict[str, Any | None]) -> None:
     """All tensors on the device of `query`. Static programs place their tensors when they run."""
-    if not isinstance(query, paddle.Tensor):
+    if not paddle.in_dynamic_mode():
         return
     for name, other in others.items():
-        if isinstance(other, paddle.Tensor) and str(other.place) != str(query.place):
+        if other is not None and str(other.place) != str(query.place):
             raise ValueError(f"{name}: expected a tensor on the device of query, {query.place}, got {other.place}")
 
 
