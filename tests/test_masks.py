@@ -190,8 +190,34 @@ def test_random_eviction_statistics_and_seed():
     again = masks.random_eviction(total, 1, heads=2, fraction=0.25)[0]
     assert (again[0, :, :, 0] == lts).all()
     assert (masks.random_eviction(total, 2, heads=2, fraction=0.25)[0] != again).any()
-    # A sample keeps its mask whatever the lengths beside it.
+    # A sample keeps its mask whatever the lengths beside it, and has evictions of its own.
+    two = masks.random_eviction([total, total], 1)[0]
+    assert (two[0] != two[1]).any()
     assert (masks.random_eviction([total, 7], 1, heads=2, fraction=0.25)[0][:1] == again).all()
+
+
+def test_values_of_the_table():
+    """What a column holds, where several values would mean the same: as the paper and the specification have it."""
+
+    def column(mask, j):
+        return mask[0][0, 0, j].tolist()
+
+    window = masks.global_sliding_window(10, 2, 3, 1)
+    assert [column(window, j) for j in (0, 1)] == [[10, 10, 2, 2]] * 2  # global: start = end
+    assert [column(window, j) for j in (2, 4, 8)] == [[6, 10, 2, 2], [8, 10, 2, 3], [10, 10, 2, 7]]
+    assert column(masks.global_sliding_window(4, 9, 1, 1), 3) == [4, 4, 4, 4]
+    assert [column(masks.sliding_window(6, 3), j) for j in (0, 3, 5)] == [[3], [6], [6]]
+    blockwise = masks.causal_blockwise([[2, 3, 4, 1]])
+    assert [column(blockwise, j) for j in (0, 2, 9)] == [[2, 9], [5, 9], [10, 10]]
+    prefix = masks.prefix_lm_causal(6, 2)
+    assert [column(prefix, j) for j in (0, 1, 2, 5)] == [[6, 0], [6, 0], [6, 2], [6, 5]]
+    prefix = masks.prefix_lm_document([[4, 3]], [[1, 2]])
+    assert [column(prefix, j) for j in (0, 1, 5, 6)] == [[4, 0], [4, 1], [7, 4], [7, 6]]
+    sparse = masks.qk_sparse([[2, 3, 2]], [[0, 1, 0]])
+    assert [column(sparse, j) for j in (0, 2, 4, 5)] == [[7, 7], [2, 5], [4, 5], [7, 7]]
+    assert [column(masks.hash_sparse([[2, 3]]), j) for j in (0, 4)] == [[2, 5], [5, 5]]
+    padded = masks.document([[2, 3]], seqlen=7)
+    assert [column(padded, j) for j in (0, 4, 5)] == [[2, 0], [5, 2], [0, 0]]
 
 
 BUILDERS = {

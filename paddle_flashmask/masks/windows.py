@@ -75,7 +75,6 @@ def global_sliding_window(
         out[:total, 0] = np.where(token < many, total, np.minimum(token + left + 1, total))
         out[:total, 2] = many
         out[:total, 3] = np.maximum(token - right, many)
-        out[:many, 2:] = 0
     return indices, False
 
 
