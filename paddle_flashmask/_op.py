@@ -68,9 +68,15 @@ def run(
     deterministic: bool,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Calls the op in dynamic mode, or adds it to the program being built. Returns (out, softmax_lse)."""
-    if paddle.in_dynamic_mode() and not paddle.is_grad_enabled():
-        # Paddle records custom ops under no_grad too, which keeps every input alive: recompute would save nothing.
-        query, key, value = (tensor.detach() for tensor in (query, key, value))
+    if paddle.in_dynamic_mode():
+        if not paddle.is_grad_enabled():
+            # Paddle records custom ops under no_grad too, which keeps every input alive: recompute would save nothing.
+            query, key, value = (tensor.detach() for tensor in (query, key, value))
+        if not _ONE_CALL_BUILDS_PROGRAMS:
+            # Paddle 2.6 ends the process if it saves an absent input under recompute(..., use_reentrant=False).
+            absent = paddle.empty([0], dtype="int32")
+            optional = (startend_row_indices, block_mask, seed_offset)
+            startend_row_indices, block_mask, seed_offset = (absent if t is None else t for t in optional)
     inputs = {
         "query": query,
         "key": key,

@@ -129,8 +129,6 @@ def flashmask_attention(
 
     query, key, value = _amp.cast(query, key, value)
     _checks.qkv_dtypes(query, key, value)
-    others = {"key": key, "value": value, "startend_row_indices": startend_row_indices, "block_mask": block_mask}
-    _checks.same_device(query, others)
     sizes = _checks.qkv_sizes(query, key, value)
     validate(
         startend_row_indices,
@@ -143,6 +141,8 @@ def flashmask_attention(
         block_mask=block_mask,
         window_size=window_size,
     )
+    others = {"key": key, "value": value, "startend_row_indices": startend_row_indices, "block_mask": block_mask}
+    _checks.same_device(query, others)
     if softmax_scale is None:
         if sizes.head_dim is None:
             raise ValueError("query.shape[3]: expected a known head dim where softmax_scale is None, got -1")

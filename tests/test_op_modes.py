@@ -215,10 +215,15 @@ def test_to_static_with_unknown_sizes():
 def test_window_with_unknown_sizes(window, causal):
     """The window's indices are then made by the program itself."""
 
-    def function(q, k, v):
-        return flashmask_attention(q, k, v, window_size=window, causal=causal)
+    class Windowed(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.arguments = {"window_size": window, "causal": causal}
 
-    static = paddle.jit.to_static(function, input_spec=specs(window=True), full_graph=True)
+        def forward(self, q, k, v):
+            return flashmask_attention(q, k, v, **self.arguments)
+
+    static = paddle.jit.to_static(Windowed(), input_spec=specs(window=True), full_graph=True)
     for seqlen_q, seqlen_k in ((40, 40), (25, 40), (40, 25)):
         tensors = draw(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
         out, _, *grads = expected(tensors, visible_of(tensors, causal=causal, window_size=window))
@@ -230,6 +235,8 @@ def test_window_with_unknown_sizes(window, causal):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_recompute(use_reentrant, dropout):
     """The second forward pass drops what the first one dropped."""
+    if not PADDLE_3 and not use_reentrant:
+        pytest.skip("Paddle 2.6 restores no CPU generator here")
     tensors, indices = draw(), packed()
 
     def function(q, k, v, rows):
@@ -312,7 +319,8 @@ def test_jit_save_and_load(tmp_path):
     q, k, v = operands(tensors)
     assert_same([numpy_of(loaded(q, k, v, to_paddle(indices)))], [out], names=["out"])
     loaded.train()
-    assert_same(run(loaded, tensors, indices), (out, *grads), names=("out", "dq", "dk", "dv"))
+    if PADDLE_3:  # a model loaded by 2.6 gives its inputs no gradients
+        assert_same(run(loaded, tensors, indices), (out, *grads), names=("out", "dq", "dk", "dv"))
 
 
 def run_program(tensors: Tensors, feed: dict, known: bool, **kwargs):
@@ -372,26 +380,33 @@ def test_rng_name_is_refused_in_a_static_program():
         run_program(draw(), {}, True, dropout=0.5, rng_name="anything")
 
 
+class Projected(paddle.nn.Layer):
+    """A fused projection, the op and a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = paddle.nn.Linear(32, 3 * 32)
+
+    def forward(self, x, indices):
+        q, k, v = self.projection(x).reshape([0, 0, 2, 3 * 16]).chunk(3, axis=-1)
+        return attention(q, k, v, indices).square().mean()
+
+
 def test_in_a_trained_layer():
     """Two steps of an optimizer, dynamic and to_static, give the same parameters."""
 
     def train(transform):
         paddle.seed(0)
-        layer = paddle.nn.Linear(32, 3 * 32)
-        optimizer = paddle.optimizer.AdamW(1e-2, parameters=layer.parameters())
-
-        def step(x, indices):
-            q, k, v = layer(x).reshape([0, 0, 2, 3 * 16]).chunk(3, axis=-1)
-            return attention(q, k, v, indices).square().mean()
-
-        step = transform(step)
+        model = Projected()
+        optimizer = paddle.optimizer.AdamW(1e-2, parameters=model.parameters())
+        step = transform(model)
         x = paddle.randn([2, 40, 32])
         for _ in range(2):
             loss = step(x, to_paddle(packed()))
             loss.backward()
             optimizer.step()
             optimizer.clear_grad()
-        return float(loss), layer.weight.numpy()
+        return float(loss), model.projection.weight.numpy()
 
     dynamic_loss, dynamic = train(lambda f: f)
     static_loss, static = train(lambda f: paddle.jit.to_static(f, full_graph=True))

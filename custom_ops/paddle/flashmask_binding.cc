@@ -34,19 +34,28 @@ FlashmaskTensor operand(const paddle::Tensor& tensor) {
   return FlashmaskTensor{const_cast<void*>(tensor.data()), strides[0], strides[1], strides[2]};
 }
 
+// An input of shape [0] stands for one that is absent: Paddle 2.6 cannot always save none for the backward pass.
+OptionalTensor if_given(const OptionalTensor& tensor) {
+  return tensor && tensor->shape() != Shape{0} ? tensor : OptionalTensor();
+}
+
 // The inputs of a call after the checks. It owns what was copied to the device, so it must outlive the launch.
 struct Call {
   FlashmaskParams params{};
-  paddle::Tensor seed_offset;
+  paddle::Tensor seed_offset_on_device;
   paddle::Tensor workspace;
 
   Call(const paddle::Tensor& query, const paddle::Tensor& key, const paddle::Tensor& value,
-       const OptionalTensor& bounds, const OptionalTensor& block_mask, const OptionalTensor& seed_offset_input,
-       bool causal, float softmax_scale, float dropout, bool deterministic) {
+       const OptionalTensor& bounds_or_empty, const OptionalTensor& block_mask_or_empty,
+       const OptionalTensor& seed_offset_or_empty, bool causal, float softmax_scale, float dropout,
+       bool deterministic) {
+    const OptionalTensor bounds = if_given(bounds_or_empty);
+    const OptionalTensor block_mask = if_given(block_mask_or_empty);
+    const OptionalTensor seed_offset = if_given(seed_offset_or_empty);
     check_qkv(query, key, value);
     if (bounds) check_bounds(*bounds, query, key, causal);
     if (block_mask) check_block_mask(*block_mask, bounds, query, key);
-    check_numbers(softmax_scale, dropout, seed_offset_input);
+    check_numbers(softmax_scale, dropout, seed_offset);
 
     const Shape q = query.shape(), k = key.shape();
     params.abi_version = FLASHMASK_ABI_VERSION;
@@ -75,9 +84,9 @@ struct Call {
     params.bounds = bounds ? bounds->data<int32_t>() : nullptr;
     params.block_mask = block_mask ? block_mask->data<int32_t>() : nullptr;
     if (dropout > 0) {
-      seed_offset = seed_offset_input->place() == query.place() ? *seed_offset_input
-                                                                : seed_offset_input->copy_to(query.place(), true);
-      params.seed_offset = seed_offset.data<int64_t>();
+      const bool moved = seed_offset->place() != query.place();
+      seed_offset_on_device = moved ? seed_offset->copy_to(query.place(), true) : *seed_offset;
+      params.seed_offset = seed_offset_on_device.data<int64_t>();
     }
     if (query.is_gpu()) {
 #ifdef PADDLE_WITH_CUDA
