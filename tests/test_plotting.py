@@ -27,13 +27,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def cells(ax):
     """The values of the picture's cells."""
     (mesh,) = ax.collections
-    return np.asarray(mesh.get_array())
+    rows, columns, _ = mesh.get_coordinates().shape  # of the corners; matplotlib before 3.8 flattens the array
+    return np.asarray(mesh.get_array()).reshape(rows - 1, columns - 1)
 
 
 def colours(ax):
     """RGBA of the picture's cells."""
     (mesh,) = ax.collections
-    return mesh.to_rgba(mesh.get_array())
+    return mesh.to_rgba(cells(ax))
 
 
 def legend(ax):
@@ -137,7 +138,7 @@ def test_saves_png_and_never_overwrites_unasked(tmp_path):
     path = tmp_path / "mask.png"
     mask = masks.causal_document([[300, 200]])
     figure = plotting.plot_mask_and_blocks(*mask, 500, title="packed", path=path)
-    assert figure.get_suptitle() == "packed"
+    assert figure._suptitle.get_text() == "packed"  # get_suptitle() came with matplotlib 3.8
     assert [len(ax.collections) for ax in figure.axes] == [1, 1]
     first = path.read_bytes()
     assert first.startswith(PNG)
