@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddle_flashmask.paddlenlp import PackedDataset, PackingCollator, encode_pair, pack_lengths
+from paddle_flashmask.paddlenlp import PackedDataset, PackingCollator, encode_pair, pack_lengths, read_pairs
 from paddle_flashmask.paddlenlp.packing import IGNORE
 
 lengths_and_room = st.integers(1, 64).flatmap(
@@ -238,3 +238,30 @@ class TestEncodePair:
         tokenizer.eos_token_id = None
         with pytest.raises(ValueError, match="eos_token"):
             encode_pair(tokenizer, "a", "x")
+
+
+class TestReadPairs:
+    def read(self, tmp_path, *lines):
+        path = tmp_path / "train.json"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return list(read_pairs(path))
+
+    def test_strings_and_turns(self, tmp_path):
+        got = self.read(tmp_path, '{"src": "a", "tgt": "ü"}', "", '{"src": ["b", "c"], "tgt": ["x", "y"], "more": 1}')
+        assert got == [(["a"], ["ü"]), (["b", "c"], ["x", "y"])]
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{", "not JSON"),
+            ("[1]", "expected an object.*got list"),
+            ('{"src": "a"}', "tgt must be a string or a list of strings, got null"),
+            ('{"src": [], "tgt": []}', "src must be a string or a list of strings"),
+            ('{"src": [1], "tgt": "a"}', r"src must be a string or a list of strings, got \[1\]"),
+            ('{"src": ["a", "b"], "tgt": ["x"]}', "src has 2 turns and tgt 1"),
+            ('{"src": "a", "tgt": " "}', "tgt has an empty answer"),
+        ],
+    )
+    def test_errors_name_file_and_line(self, tmp_path, line, message):
+        with pytest.raises(ValueError, match=rf"train\.json, line 2: .*{message}"):
+            self.read(tmp_path, '{"src": "a", "tgt": "b"}', line)

@@ -138,3 +138,18 @@ def test_generation_while_evaluating():
     batch = {"input_ids": paddle.zeros([1, 4], dtype="int64"), ROWS: paddle.ones([1, 1, 4], dtype="int32")}
     with pytest.raises(ValueError, match="do_generation=False"):
         trainer_class.prediction_step(trainer, model("Llama"), batch, False)
+
+
+def test_use_casual_mask_and_a_dense_mask_qwen(monkeypatch):
+    """The first Qwen takes no row indices but drops dense masks in the same way."""
+    from paddlenlp.transformers import QWenConfig, QWenForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64, "seq_length": 64}
+    net = QWenForCausalLM(QWenConfig(vocab_size=64, hidden_size=32, intermediate_size=64, kv_channels=8, **sizes))
+    inputs = {"input_ids": paddle.arange(8).reshape([1, 8])}
+    blocks = np.tri(8, dtype=bool)
+    blocks[4:, :4] = False
+    monkeypatch.setenv("USE_CASUAL_MASK", "True")
+    with pytest.raises(ValueError, match="QWenModel ignore attention_mask"):
+        net(**inputs, attention_mask=paddle.to_tensor(blocks[None, None]))
+    net(**inputs, attention_mask=paddle.ones([1, 8], dtype="int64"))

@@ -6,6 +6,7 @@ flashmask_nlp.enable()   # every model that takes attn_mask_startend_row_indices
 """
 
 from .arguments import check_model, enable_from_args
+from .data import read_pairs
 from .families import MODELS
 from .packing import PackedDataset, PackingCollator, encode_pair, pack_lengths
 from .switch import disable, enable, enabled, is_enabled
@@ -22,4 +23,5 @@ __all__ = [
     "encode_pair",
     "is_enabled",
     "pack_lengths",
+    "read_pairs",
 ]

@@ -1,0 +1,100 @@
+"""Runs an example twice, each time in a process of its own, with FlashMask and with a dense mask, and compares them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from paddle_flashmask.plotting import plot_mask_and_blocks
+
+MASKS = {"flashmask": "FlashMask", "dense": "dense mask"}
+
+
+def compare(script: str, arguments: list[str], folder: Path, data: str) -> None:
+    """Train both ways on the same batches from the same seed; write summary.json, loss.png and mask.png to `folder`."""
+    results = {}
+    for name in MASKS:
+        overrides = {
+            "compare": "false",
+            "flash_mask": str(name == "flashmask").lower(),
+            "dataset_name_or_path": data,
+            "output_dir": str(folder / name),
+        }
+        settings = [part for key, value in overrides.items() for part in (f"--{key}", value)]
+        run = subprocess.run([sys.executable, script, *arguments, *settings])
+        if run.returncode != 0:
+            raise SystemExit(f"the {MASKS[name]} run failed (exit status {run.returncode}); its output is above")
+        results[name] = json.loads((folder / name / "result.json").read_text())
+
+    summary = summarise(results)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw_losses(results, folder / "loss.png")
+    draw_first_row(results["flashmask"], folder / "mask.png")
+    print_table(summary, folder)
+
+
+def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    flashmask, dense = (results[name]["losses"] for name in MASKS)
+    if len(flashmask) != len(dense):
+        raise ValueError(f"the runs logged {len(flashmask)} and {len(dense)} losses; both must log every step")
+    summary: dict[str, Any] = {
+        name: {
+            "tokens_per_s": round(result["tokens_per_s"], 1),
+            "peak_mib": round(result["peak_mib"], 1),
+            "final_loss": result["losses"][-1],
+            "before_training_mib": round(result["before_training_mib"], 1),
+        }
+        for name, result in results.items()
+    }
+    summary["max_loss_difference"] = float(np.abs(np.subtract(flashmask, dense)).max())
+    summary["steps"] = results["flashmask"]["steps"]
+    summary["seq_len"] = results["flashmask"]["seq_len"]
+    return summary
+
+
+def draw_losses(results: dict[str, dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    # The dense curve is wide and pale: the two lie on top of each other.
+    for name, style in (("dense", {"lw": 5, "alpha": 0.4}), ("flashmask", {"lw": 1.5})):
+        losses = results[name]["losses"]
+        axes.plot(range(1, len(losses) + 1), losses, label=MASKS[name], **style)
+    axes.set(xlabel="step", ylabel="loss", title="Training loss, same batches and seed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_first_row(result: dict[str, Any], path: Path) -> None:
+    lengths, total = np.array(result["first_row_lengths"]), result["seq_len"]
+    indices = np.zeros((1, 1, total, 1), dtype=np.int32)
+    indices[0, 0, : lengths.sum(), 0] = np.repeat(np.cumsum(lengths), lengths)
+    title = f"A packed row: {len(lengths)} samples, {total} tokens"
+    plot_mask_and_blocks(indices, True, total, title=title, path=path)
+
+
+def print_table(summary: dict[str, Any], folder: Path) -> None:
+    table = Table(title=f"{summary['steps']} steps of {summary['seq_len']} tokens a row", title_justify="left")
+    for heading, justify in (("", "left"), ("FlashMask", "right"), ("dense mask", "right"), ("", "right")):
+        table.add_column(heading, justify=justify)
+    flashmask, dense = summary["flashmask"], summary["dense"]
+
+    def row(label: str, key: str, form: str, ratio: str = "") -> None:
+        table.add_row(label, format(flashmask[key], form), format(dense[key], form), ratio)
+
+    row("tokens/s", "tokens_per_s", ",.0f", f"{flashmask['tokens_per_s'] / dense['tokens_per_s']:.2f}x")
+    row("peak memory, MiB", "peak_mib", ",.0f", f"{flashmask['peak_mib'] / dense['peak_mib']:.2f}x")
+    row("  of it before training", "before_training_mib", ",.0f")
+    row("final loss", "final_loss", ".4f")
+    console = Console()
+    console.print(table)
+    console.print(f"Largest difference of the losses over all steps: {summary['max_loss_difference']:.2e}")
+    console.print(f"In {folder}: summary.json, loss.png, mask.png", highlight=False)

@@ -1,0 +1,22 @@
+"""Imported before anything else: threads for Paddle, no network, and no output but the example's own."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+
+# Paddle runs on one thread unless this is set before it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+os.environ.setdefault("GLOG_minloglevel", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # unset it to load a checkpoint by its hub name
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore")
+
+with contextlib.redirect_stderr(io.StringIO()):  # Paddle prints a warning whenever it has more than one thread
+    import paddle  # noqa: F401
+    from paddlenlp.utils.log import logger
+
+logger.set_level("ERROR")
+logging.basicConfig(format="%(message)s", level=logging.WARNING)
+logging.getLogger("paddle_flashmask").setLevel(logging.INFO)
