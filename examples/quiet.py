@@ -9,7 +9,7 @@ import warnings
 # Paddle runs on one thread unless this is set before it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 os.environ.setdefault("GLOG_minloglevel", "2")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # unset it to load a checkpoint by its hub name
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 to load a checkpoint by its hub name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore")
 

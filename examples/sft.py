@@ -12,6 +12,7 @@ import quiet  # noqa: F401
 
 # isort: split
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -116,9 +117,9 @@ def main() -> None:
 
     # 3. Prompts and answers, packed: many samples a row, none of which sees another.
     file = data / "train.json" if data.is_dir() else data
-    samples = [flashmask_nlp.encode_pair(tokenizer, *pair) for pair in flashmask_nlp.read_pairs(file)]
+    pairs = itertools.islice(flashmask_nlp.read_pairs(file), example_args.max_samples or None)
     dataset = flashmask_nlp.PackedDataset(
-        samples[: example_args.max_samples or None],
+        (flashmask_nlp.encode_pair(tokenizer, *pair) for pair in pairs),
         data_args.max_length,
         strategy="greedy" if data_args.greedy_zero_padding else "in_order",
         too_long="skip",

@@ -102,9 +102,9 @@ def pack_lengths(
     Args:
         lengths: tokens of each sample, each from 1 to ``max_length``.
         max_length: tokens of a row.
-        strategy: ``in_order`` closes a row when the next sample does not fit. ``greedy`` (best fit decreasing: the
-            longest sample first, into the fullest row that still holds it) fills rows better; its rows are listed by
-            their first sample, and samples keep their order inside a row.
+        strategy: ``in_order`` closes a row when the next sample does not fit. ``greedy`` (best fit) keeps all rows open
+            and puts each sample into the fullest one that still holds it, which fills rows better; short and long
+            samples stay mixed, because they are not sorted.
 
     Returns:
         For each row the indices of its samples. Every index appears once.
@@ -133,8 +133,7 @@ def pack_lengths(
         return rows
 
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending: the first that fits is the fullest row
-    for index in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[index])
+    for index, size in enumerate(sizes.tolist()):
         at = bisect.bisect_left(room, (size, -1))
         if at < len(room):
             left, row = room.pop(at)
@@ -144,7 +143,7 @@ def pack_lengths(
         rows[row].append(index)
         if left > size:
             bisect.insort(room, (left - size, row))
-    return sorted(sorted(row) for row in rows)
+    return rows
 
 
 @dataclass(frozen=True)

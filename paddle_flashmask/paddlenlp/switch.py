@@ -27,8 +27,8 @@ def _apply() -> None:
             import paddlenlp  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                f"paddle_flashmask.paddlenlp needs PaddleNLP, which cannot be imported ({error}): install paddlenlp 3.0.0b4 "
-                "with the versions of requirements/runtime.txt"
+                f"paddle_flashmask.paddlenlp needs PaddleNLP, which cannot be imported ({error}): install paddlenlp "
+                "3.0.0b4 with the versions of requirements/runtime.txt"
             ) from error
         from .table import patches
 
