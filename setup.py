@@ -124,6 +124,7 @@ class BuildExt(build_ext):
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source_dir}\n" not in cache.read_text():
             shutil.rmtree(build_dir)  # the tree was moved or copied: CMake would refuse its own cache
         build_dir.mkdir(parents=True, exist_ok=True)
+        cuda_compiler = [f"-DCMAKE_CUDA_COMPILER={self.cuda_home}/bin/nvcc"] if self.with_cuda else []
         configure = [
             cmake,
             "-S",
@@ -135,6 +136,7 @@ class BuildExt(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DFLASHMASK_CUDA={'ON' if self.with_cuda else 'OFF'}",
+            *cuda_compiler,
             *shlex.split(os.environ.get("FLASHMASK_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS", "")
@@ -158,9 +160,11 @@ class BuildExt(build_ext):
         if self.with_cuda:
             # Headers only: the binding takes a stream from Paddle and calls nothing of the CUDA runtime.
             extension.define_macros.append(("PADDLE_WITH_CUDA", None))
-            extension.include_dirs.append(os.path.join(self.cuda_home, "include"))
-        # Paddle's OpenMP runtime comes before the core's libgomp, so that the core's OpenMP calls go to Paddle's: one pool
-        # of threads in the process, and Paddle's number of threads. (Two pools wait actively for each other's cores.)
+            include = os.path.join(self.cuda_home, "include")
+            # Paddle's headers include Thrust, which CUDA 13 keeps in a folder of its own.
+            extension.include_dirs += [include, os.path.join(include, "cccl")]
+        # Paddle's OpenMP runtime comes before the core's libgomp, so that the core's OpenMP calls go to Paddle's: one
+        # pool of threads in the process, and Paddle's number of them. (Two pools wait actively for each other's cores.)
         openmp = "libiomp5.so"
         if any(os.path.exists(os.path.join(folder, openmp)) for folder in extension.library_dirs):
             extension.extra_link_args += ["-Wl,--no-as-needed", f"-l:{openmp}", "-Wl,--as-needed"]
