@@ -17,8 +17,15 @@ PACKAGE = Path(paddle_flashmask.__file__).parent
 HERE = (str(paddle.version.full_version), str(paddle.version.commit), str(paddle.version.cuda()))
 
 
+# The hook of an editable install finds the modules that a linked package leaves out.
+NO_HOOK = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+"""
+
+
 def python(code: str, path: Path | None = None) -> subprocess.CompletedProcess:
-    path = path or PACKAGE.parent
+    code, path = NO_HOOK + code, path or PACKAGE.parent
     environment = {**os.environ, "PYTHONPATH": str(path)}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, timeout=120)
