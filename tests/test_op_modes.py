@@ -202,6 +202,18 @@ class TestToStatic:
         assert np.abs(runs[0] - runs[1]).max() > 0.1
 
 
+def test_sot_keeps_one_graph():
+    """The call is one operation to SOT, as Paddle's own: nothing falls back to Python."""
+    pytest.importorskip("paddle.jit.marker", reason="this Paddle cannot mark a function as one call")
+    from paddle.jit.sot.psdb import check_no_breakgraph
+
+    @check_no_breakgraph
+    def function(q, k, v, indices):
+        return flashmask_attention(q, k, v, indices, causal=True, return_softmax_lse=True)[0] * 1.0
+
+    check(paddle.jit.to_static(function, full_graph=False))
+
+
 def test_to_static_with_unknown_sizes():
     """One program, built before any size is known, serves several."""
     function = paddle.jit.to_static(attention, input_spec=specs(), full_graph=True)
