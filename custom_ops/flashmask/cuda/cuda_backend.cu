@@ -1,0 +1,300 @@
+// Host side of the CUDA kernels: checks, choice of kernels, workspace, launches.
+#include "cuda_backend.h"
+
+#include <cuda_runtime_api.h>
+#include <math.h>
+
+#include <algorithm>
+#include <string>
+
+#include "../philox.h"
+#include "launch.h"
+
+namespace flashmask {
+namespace {
+
+constexpr int kBackwardRowAlign = 128;   // rows of query data are padded to this: a multiple of every tile
+constexpr int kSmallShared = 99 * 1024;  // the least that devices of capability 8.0 and newer grant a block
+constexpr int kLargestShared = 1 << 30;
+// Heads that run at the same time should find their keys and values (or queries) in the L2 cache of 40 MB and more.
+constexpr int64_t kCacheBudget = 20 << 20;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string dtype_name(int32_t dtype) {
+  return dtype == FLASHMASK_FLOAT32 ? "float32" : dtype == FLASHMASK_BFLOAT16 ? "bfloat16" : "float16";
+}
+
+bool fits(const KernelSet& set, const FlashmaskParams& op) {
+  return set.dtype == op.dtype && std::max(op.head_dim, op.head_dim_v) <= set.head_dim;
+}
+
+// The sets are ordered by architecture, then head dim: the first fit wastes least.
+const KernelSet* find_kernels(const FlashmaskParams& op, int capability) {
+  for (int i = 0; i < kKernelSetCount; ++i) {
+    const KernelSet& set = kKernelSets[i];
+    if (fits(set, op) && capability >= set.min_capability && capability <= set.max_capability) return &set;
+  }
+  return nullptr;
+}
+
+std::string missing_kernels(const FlashmaskParams& op) {
+  if (op.dtype == FLASHMASK_FLOAT32) {
+    return "dtype: the CUDA kernels take bfloat16 and float16, got float32";
+  }
+  std::string dims;
+  for (int i = 0; i < kKernelSetCount; ++i) {
+    const std::string dim = std::to_string(kKernelSets[i].head_dim);
+    if (kKernelSets[i].dtype == op.dtype && (" " + dims + " ").find(" " + dim + " ") == std::string::npos) {
+      dims += (dims.empty() ? "" : " ") + dim;
+    }
+  }
+  if (dims.empty()) return "dtype: this library was built without " + dtype_name(op.dtype) + " CUDA kernels";
+  return "head_dim: this library was built with " + dtype_name(op.dtype) + " kernels for head dims up to those of {" +
+         dims + "} on this device, got " + std::to_string(op.head_dim) + " and " + std::to_string(op.head_dim_v);
+}
+
+bool needs_lists(const FlashmaskParams& op) {
+  return (op.num_bounds > 0 || op.block_mask != nullptr) && op.seqlen_q > 0 && op.seqlen_k > 0;
+}
+
+void set_shape(const TileShape& shape, KernelParams* p) {
+  TileLists& lists = p->lists;
+  lists.tile_rows = shape.rows;
+  lists.tile_columns = shape.columns;
+  lists.row_tiles = ceil_div(p->op.seqlen_q, shape.rows);
+  lists.column_tiles = ceil_div(p->op.seqlen_k, shape.columns);
+  lists.row_words = ceil_div(lists.row_tiles, 32);
+  lists.column_words = ceil_div(lists.column_tiles, 32);
+}
+
+// Cuts the workspace into aligned parts. With a null base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* part = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return reinterpret_cast<T*>(part);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+TileWord* take_list(Workspace* workspace, const FlashmaskParams& op, int64_t tiles, int64_t words) {
+  return workspace->take<TileWord>(static_cast<int64_t>(op.batch) * op.heads_mask * tiles * words);
+}
+
+// Sets the tile shape and the workspace parts of `p`; returns the bytes used.
+int64_t plan_forward(const TileShape& shape, void* workspace_base, KernelParams* p) {
+  Workspace workspace(workspace_base);
+  set_shape(shape, p);
+  if (needs_lists(p->op)) {
+    p->lists.by_row = take_list(&workspace, p->op, p->lists.row_tiles, p->lists.column_words);
+  }
+  return workspace.bytes();
+}
+
+int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base, KernelParams* p) {
+  Workspace workspace(workspace_base);
+  const FlashmaskParams& op = p->op;
+  set_shape(shape, p);
+  p->padded_rows = static_cast<int32_t>(ceil_div(op.seqlen_q, kBackwardRowAlign) * kBackwardRowAlign);
+  const int64_t rows = static_cast<int64_t>(op.batch) * op.heads_q * p->padded_rows;
+  p->dq_accumulator = workspace.take<float>(rows * head_dim);
+  p->query_lse = workspace.take<float>(rows);
+  p->query_delta = workspace.take<float>(rows);
+  if (op.deterministic) {
+    p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles + 1);
+  }
+  if (needs_lists(op)) {
+    p->lists.by_column = take_list(&workspace, op, p->lists.column_tiles, p->lists.row_words);
+    if (op.deterministic) p->lists.by_row = take_list(&workspace, op, p->lists.row_tiles, p->lists.column_words);
+  }
+  return workspace.bytes();
+}
+
+// Which set and shape a device takes is not known here: the largest need of all.
+int64_t workspace_bytes(const FlashmaskParams& op, bool backward) {
+  int64_t bytes = 0;
+  for (int i = 0; i < kKernelSetCount; ++i) {
+    const KernelSet& set = kKernelSets[i];
+    if (find_kernels(op, set.min_capability) != &set) continue;  // a better fit is always taken
+    for (const int shared : {kSmallShared, kLargestShared}) {
+      const TileShape shape = backward ? set.backward_shape(shared) : set.forward_shape(shared);
+      if (shape.rows == 0) continue;
+      KernelParams p{};
+      p.op = op;
+      const int64_t need =
+          backward ? plan_backward(shape, set.head_dim, nullptr, &p) : plan_forward(shape, nullptr, &p);
+      bytes = std::max(bytes, need);
+    }
+  }
+  return bytes;
+}
+
+bool aligned(const FlashmaskTensor& tensor, const FlashmaskParams& op, int64_t seqlen, int64_t heads) {
+  // The stride of an axis of one element says nothing.
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (op.batch == 1 || tensor.batch_stride % 8 == 0) &&
+         (seqlen == 1 || tensor.seq_stride % 8 == 0) && (heads == 1 || tensor.head_stride % 8 == 0);
+}
+
+FlashmaskStatus cuda_failure(const char* what, cudaError_t status, std::string* error) {
+  *error = std::string(what) + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorMemoryAllocation) return FLASHMASK_OUT_OF_MEMORY;
+  if (status == cudaErrorNoKernelImageForDevice) return FLASHMASK_NOT_BUILT;
+  return FLASHMASK_DEVICE_ERROR;
+}
+
+#define FLASHMASK_CUDA_CHECK(call, what)                                             \
+  do {                                                                               \
+    const cudaError_t check_status = (call);                                         \
+    if (check_status != cudaSuccess) return cuda_failure(what, check_status, error); \
+  } while (0)
+
+struct Device {
+  int capability = 0;
+  int shared_limit = 0;
+};
+
+FlashmaskStatus ask_device(Device* device, std::string* error) {
+  int id = 0, major = 0, minor = 0;
+  FLASHMASK_CUDA_CHECK(cudaGetDevice(&id), "cudaGetDevice");
+  FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), "compute capability");
+  FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), "compute capability");
+  FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&device->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id),
+                       "shared memory limit");
+  device->capability = 10 * major + minor;
+  return FLASHMASK_OK;
+}
+
+KernelParams common_params(const FlashmaskParams& op) {
+  KernelParams p{};
+  p.op = op;
+  p.negative_scale = op.softmax_scale < 0;
+  // Masked scores are -inf, and -inf * 0 would be NaN: a scale of zero becomes one that no finite score can feel.
+  p.scale_log2 = std::max(fabsf(op.softmax_scale) * 1.4426950408889634f, 1e-30f);
+  p.no_skip = (op.flags & FLASHMASK_FLAG_NO_SKIP) != 0;
+  p.keep_threshold = dropout_keep_threshold(op.dropout);
+  p.keep_scale = dropout_keep_scale(p.keep_threshold);
+  return p;
+}
+
+int32_t heads_in_cache(int64_t bytes_per_head, int64_t heads, int64_t multiple) {
+  const int64_t fitting = std::max<int64_t>(1, kCacheBudget / std::max<int64_t>(1, bytes_per_head));
+  return static_cast<int32_t>(std::min(heads, ceil_div(fitting, multiple) * multiple));
+}
+
+struct NamedTensor {
+  const char* name;
+  const FlashmaskTensor* tensor;
+  int64_t seqlen;
+  int64_t heads;
+};
+
+template <size_t kCount>
+FlashmaskStatus check(const FlashmaskParams& op, const NamedTensor (&tensors)[kCount], std::string* error) {
+  for (const NamedTensor& named : tensors) {
+    if (!aligned(*named.tensor, op, named.seqlen, named.heads)) {
+      *error = std::string(named.name) +
+               ": the address and all strides must be multiples of 16 bytes (8 elements) for the CUDA kernels";
+      return FLASHMASK_INVALID_ARGUMENT;
+    }
+  }
+  if (reinterpret_cast<uintptr_t>(op.workspace) % 16 != 0) {
+    *error = "workspace: the address must be a multiple of 16 bytes";
+    return FLASHMASK_INVALID_ARGUMENT;
+  }
+  // Blocks are numbered with 32 bits; the smallest unit of work is 16 rows of one head.
+  const int64_t rows = std::max<int64_t>(op.seqlen_q, op.seqlen_k) + 128;
+  if (static_cast<int64_t>(op.batch) * op.heads_q * (rows / 16) >= INT32_MAX || rows > INT32_MAX - 4096) {
+    *error = "batch, heads_q, seqlen_q: batch * heads_q * seqlen / 16 must stay below 2^31";
+    return FLASHMASK_INVALID_ARGUMENT;
+  }
+  return FLASHMASK_OK;
+}
+
+FlashmaskStatus check_workspace(const FlashmaskParams& op, int64_t needed, std::string* error) {
+  if (needed > 0 && (op.workspace == nullptr || op.workspace_bytes < needed)) {
+    *error = "workspace: " + std::to_string(needed) + " bytes are needed, got " +
+             std::to_string(op.workspace == nullptr ? 0 : op.workspace_bytes);
+    return FLASHMASK_INVALID_ARGUMENT;
+  }
+  return FLASHMASK_OK;
+}
+
+}  // namespace
+
+int64_t cuda_forward_workspace_bytes(const FlashmaskParams& params) { return workspace_bytes(params, false); }
+int64_t cuda_backward_workspace_bytes(const FlashmaskParams& params) { return workspace_bytes(params, true); }
+
+FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
+  const NamedTensor tensors[] = {{"q", &op.q, op.seqlen_q, op.heads_q},
+                                 {"k", &op.k, op.seqlen_k, op.heads_k},
+                                 {"v", &op.v, op.seqlen_k, op.heads_k},
+                                 {"out", &op.out, op.seqlen_q, op.heads_q}};
+  FlashmaskStatus status = check(op, tensors, error);
+  if (status != FLASHMASK_OK) return status;
+  Device device;
+  status = ask_device(&device, error);
+  if (status != FLASHMASK_OK) return status;
+  const KernelSet* set = find_kernels(op, device.capability);
+  if (set == nullptr) {
+    *error = missing_kernels(op);
+    return FLASHMASK_NOT_BUILT;
+  }
+  KernelParams p = common_params(op);
+  status = check_workspace(op, plan_forward(set->forward_shape(device.shared_limit), op.workspace, &p), error);
+  if (status != FLASHMASK_OK) return status;
+  if (op.batch == 0 || op.heads_q == 0 || op.seqlen_q == 0) return FLASHMASK_OK;
+
+  const int64_t group = op.heads_q / op.heads_k;
+  p.schedule_heads = heads_in_cache(static_cast<int64_t>(op.seqlen_k) * (op.head_dim + op.head_dim_v) * 2 / group,
+                                    static_cast<int64_t>(op.batch) * op.heads_q, group);
+  const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
+  if (p.lists.by_row != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
+  FLASHMASK_CUDA_CHECK(set->forward(p, device.shared_limit, stream), "forward kernel");
+  return FLASHMASK_OK;
+}
+
+FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
+  const NamedTensor tensors[] = {{"q", &op.q, op.seqlen_q, op.heads_q},       {"k", &op.k, op.seqlen_k, op.heads_k},
+                                 {"v", &op.v, op.seqlen_k, op.heads_k},       {"out", &op.out, op.seqlen_q, op.heads_q},
+                                 {"dout", &op.dout, op.seqlen_q, op.heads_q}, {"dq", &op.dq, op.seqlen_q, op.heads_q},
+                                 {"dk", &op.dk, op.seqlen_k, op.heads_k},     {"dv", &op.dv, op.seqlen_k, op.heads_k}};
+  FlashmaskStatus status = check(op, tensors, error);
+  if (status != FLASHMASK_OK) return status;
+  Device device;
+  status = ask_device(&device, error);
+  if (status != FLASHMASK_OK) return status;
+  const KernelSet* set = find_kernels(op, device.capability);
+  if (set == nullptr) {
+    *error = missing_kernels(op);
+    return FLASHMASK_NOT_BUILT;
+  }
+  KernelParams p = common_params(op);
+  const TileShape shape = set->backward_shape(device.shared_limit);
+  if (shape.rows == 0) {
+    *error = "head_dim: the backward kernel for head dim " + std::to_string(set->head_dim) +
+             " needs more shared memory than this device grants a block (" + std::to_string(device.shared_limit) +
+             " bytes)";
+    return FLASHMASK_NOT_BUILT;
+  }
+  status = check_workspace(op, plan_backward(shape, set->head_dim, op.workspace, &p), error);
+  if (status != FLASHMASK_OK) return status;
+  if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;
+
+  const int64_t bytes_per_row = (op.head_dim + op.head_dim_v) * 2 + set->head_dim * 4;
+  p.schedule_heads = heads_in_cache(static_cast<int64_t>(op.seqlen_q) * (op.heads_q / op.heads_k) * bytes_per_row,
+                                    static_cast<int64_t>(op.batch) * op.heads_k, 1);
+  const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
+  if (p.lists.by_column != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
+  FLASHMASK_CUDA_CHECK(set->backward(p, device.shared_limit, stream), "backward kernels");
+  return FLASHMASK_OK;
+}
+
+}  // namespace flashmask

@@ -1,0 +1,50 @@
+// What every CUDA kernel of the op receives: FlashmaskParams with derived sizes and the parts of the workspace.
+#pragma once
+
+#include <stdint.h>
+
+#include "../flashmask.h"
+
+namespace flashmask {
+
+// Two bits per pair of tiles, 32 pairs to a word: is anything visible, and does it need masking?
+struct TileWord {
+  uint32_t active;
+  uint32_t partial;
+};
+
+// Tile classes of one mask. `by_row` holds, for every row tile, the words of its column tiles; `by_column` the other
+// way round. Both are null when the classes follow from the causal flag alone.
+struct TileLists {
+  TileWord* by_row = nullptr;     // [batch * heads_mask, row_tiles, column_words]
+  TileWord* by_column = nullptr;  // [batch * heads_mask, column_tiles, row_words]
+  int32_t tile_rows = 0;
+  int32_t tile_columns = 0;
+  int32_t row_tiles = 0;
+  int32_t column_tiles = 0;
+  int32_t row_words = 0;     // ceil(row_tiles / 32)
+  int32_t column_words = 0;  // ceil(column_tiles / 32)
+};
+
+struct KernelParams {
+  FlashmaskParams op;
+  TileLists lists;
+
+  float scale_log2;        // |softmax_scale| * log2(e), never zero
+  int32_t negative_scale;  // softmax_scale < 0
+  int32_t no_skip;
+
+  uint32_t keep_threshold;  // dropout: 16-bit draws below it are kept
+  float keep_scale;
+
+  int32_t schedule_heads;  // heads handed out together, so that their keys and values stay in the L2 cache
+
+  // Backward only. Rows are padded to whole tiles.
+  int32_t padded_rows;
+  float* query_lse;       // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
+  float* query_delta;     // [batch * heads_q, padded_rows]: sum(dout * out)
+  float* dq_accumulator;  // [batch * heads_q, padded_rows / 16, compiled dim / 8, 128]: accumulator fragments
+  int32_t* turns;         // deterministic: [batch * heads_q, row_tiles] column tiles that have added, then one ticket
+};
+
+}  // namespace flashmask

@@ -1,0 +1,146 @@
+// The instructions that the kernels are made of, one wrapper each. Everything here exists on sm_80; where sm_90 has a
+// wider form it is used.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+namespace flashmask::sm80 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Asynchronous copy to shared memory; writes zeros and reads nothing when `valid` is false.
+__device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(destination), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lanes 8i .. 8i + 7 give the row addresses of matrix i.
+__device__ __forceinline__ void load_matrix(uint32_t (&fragment)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void load_matrix_transposed(uint32_t (&fragment)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void load_shared_64(uint32_t (&value)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(value[0]), "=r"(value[1]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+template <typename T>
+struct Half2;
+
+template <>
+struct Half2<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  }
+};
+
+template <>
+struct Half2<__half> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
+};
+
+// c[16x8] += a[16x16] * b[16x8]. With g = lane / 4 and t = lane % 4, c holds (row g, columns 2t, 2t + 1) and
+// (row g + 8, the same columns).
+#define FLASHMASK_MMA(type) "mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "
+
+template <typename T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(FLASHMASK_MMA("bf16") "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(FLASHMASK_MMA("f16") "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+#undef FLASHMASK_MMA
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// `width` ones from bit `start` on; bits past 31 fall away.
+__device__ __forceinline__ uint32_t bit_run(uint32_t start, uint32_t width) {
+  uint32_t mask;
+  asm("bmsk.clamp.b32 %0, %1, %2;\n" : "=r"(mask) : "r"(start), "r"(width));
+  return mask;
+}
+
+// Adds one accumulator fragment to global memory. The 128 floats of a 16x8 tile lie together; which lane owns which is
+// chosen so that every request covers whole sectors, so it differs between architectures: accumulator_offset is the
+// only code that knows.
+__device__ __forceinline__ int accumulator_offset(int lane, int element) {
+#if __CUDA_ARCH__ >= 900
+  return lane * 4 + element;
+#else
+  return element * 32 + lane;
+#endif
+}
+
+__device__ __forceinline__ void add_accumulator(float* tile, int lane, const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(tile + lane * 4), "f"(c[0]), "f"(c[1]),
+               "f"(c[2]), "f"(c[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(tile + accumulator_offset(lane, i)), "f"(c[i]) : "memory");
+  }
+#endif
+}
+
+}  // namespace flashmask::sm80
