@@ -9,6 +9,7 @@ Environment variables:
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -48,27 +49,44 @@ def import_paddle():
     return paddle
 
 
+def find_nvcc() -> str | None:
+    """Path of nvcc: in $CUDA_HOME, on PATH, or where CUDA's installer puts it."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [
+        *(os.path.join(home, "bin", "nvcc") for home in homes),
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((path for path in candidates if path and os.path.exists(path)), None)
+
+
+def cuda_include_dirs(nvcc: str) -> list[str]:
+    """The toolkit's headers. nvcc itself is asked, for it may be a link or a script anywhere."""
+    listing = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", listing, re.MULTILINE)
+    if top is None:
+        raise SystemExit(f"{nvcc} --dryrun does not say where its toolkit is:\n{listing}")
+    include = Path(top.group(1)).resolve() / "include"
+    # Paddle's headers include Thrust, which CUDA 13 keeps in a folder of its own.
+    return [str(include), str(include / "cccl")]
+
+
 def decide_cuda(paddle) -> tuple[str, str]:
-    """The CUDA home to build the CUDA kernels with, empty for none, and why."""
+    """The nvcc to build the CUDA kernels with, empty for none, and why."""
     asked = os.environ.get("FLASHMASK_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"FLASHMASK_CUDA must be 0 or 1; got {asked!r}")
     if asked == "0":
         return "", "FLASHMASK_CUDA=0"
-    if not paddle.is_compiled_with_cuda():
-        if asked == "1":
-            raise SystemExit("FLASHMASK_CUDA=1, but the installed PaddlePaddle is a build without CUDA")
-        return "", "the installed PaddlePaddle is a build without CUDA"
-    from paddle.utils.cpp_extension.extension_utils import find_cuda_home
-
-    home = find_cuda_home()
-    nvcc = Path(home) / "bin" / "nvcc" if home else None
-    if nvcc is None or not nvcc.exists():
-        message = f"nvcc was not found (looked at CUDA_HOME and PATH; CUDA home: {home})"
-        if asked == "1":
-            raise SystemExit(f"FLASHMASK_CUDA=1, but {message}")
-        return "", message
-    return home, f"PaddlePaddle is built with CUDA {paddle.version.cuda()} and nvcc is {nvcc}"
+    nvcc = find_nvcc()
+    if paddle.is_compiled_with_cuda() and nvcc:
+        return nvcc, f"PaddlePaddle is built with CUDA {paddle.version.cuda()} and nvcc is {nvcc}"
+    why = (
+        "nvcc was not found" if paddle.is_compiled_with_cuda() else "the installed PaddlePaddle is a build without CUDA"
+    )
+    if asked == "1":
+        raise SystemExit(f"FLASHMASK_CUDA=1, but {why}")
+    return "", why
 
 
 class BuildExt(build_ext):
@@ -76,8 +94,8 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         self.paddle = import_paddle()
-        self.cuda_home, why = decide_cuda(self.paddle)
-        self.with_cuda = bool(self.cuda_home)
+        self.nvcc, why = decide_cuda(self.paddle)
+        self.with_cuda = bool(self.nvcc)
         # An up-to-date _C.so may be one for another Paddle, and file dates do not tell. It compiles in seconds.
         self.force = True
         print(f"paddle-flashmask: CUDA kernels {'on' if self.with_cuda else 'off'}: {why}", flush=True)
@@ -124,7 +142,7 @@ class BuildExt(build_ext):
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source_dir}\n" not in cache.read_text():
             shutil.rmtree(build_dir)  # the tree was moved or copied: CMake would refuse its own cache
         build_dir.mkdir(parents=True, exist_ok=True)
-        cuda_compiler = [f"-DCMAKE_CUDA_COMPILER={self.cuda_home}/bin/nvcc"] if self.with_cuda else []
+        cuda_compiler = [f"-DCMAKE_CUDA_COMPILER={self.nvcc}"] if self.with_cuda else []
         configure = [
             cmake,
             "-S",
@@ -160,9 +178,7 @@ class BuildExt(build_ext):
         if self.with_cuda:
             # Headers only: the binding takes a stream from Paddle and calls nothing of the CUDA runtime.
             extension.define_macros.append(("PADDLE_WITH_CUDA", None))
-            include = os.path.join(self.cuda_home, "include")
-            # Paddle's headers include Thrust, which CUDA 13 keeps in a folder of its own.
-            extension.include_dirs += [include, os.path.join(include, "cccl")]
+            extension.include_dirs += cuda_include_dirs(self.nvcc)
         # Paddle's OpenMP runtime comes before the core's libgomp, so that the core's OpenMP calls go to Paddle's: one
         # pool of threads in the process, and Paddle's number of them. (Two pools wait actively for each other's cores.)
         openmp = "libiomp5.so"

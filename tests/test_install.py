@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.slow
 
 USE = """
 import numpy as np, paddle, paddle_flashmask
@@ -51,6 +53,50 @@ def sources(tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.fixture
+def build_script(monkeypatch) -> dict:
+    """What setup.py defines, without a build."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("FLASHMASK_CUDA", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "paddle_has_cuda", "has_nvcc", "decision", "reason"),
+    [
+        ("", True, True, True, "built with CUDA 12.9 and nvcc is "),
+        ("1", True, True, True, "built with CUDA 12.9 and nvcc is "),
+        ("0", True, True, False, "FLASHMASK_CUDA=0"),
+        ("", True, False, False, "nvcc was not found"),
+        ("", False, True, False, "a build without CUDA"),
+        ("1", False, True, None, "FLASHMASK_CUDA=1, but the installed PaddlePaddle is a build without CUDA"),
+        ("1", True, False, None, "FLASHMASK_CUDA=1, but nvcc was not found"),
+        ("yes", True, True, None, "FLASHMASK_CUDA must be 0 or 1; got 'yes'"),
+    ],
+)
+def test_cuda_decision(build_script, monkeypatch, tmp_path, asked, paddle_has_cuda, has_nvcc, decision, reason):
+    if has_nvcc:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").touch()
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    else:
+        monkeypatch.setitem(build_script["decide_cuda"].__globals__, "find_nvcc", lambda: None)
+    monkeypatch.setenv("FLASHMASK_CUDA", asked)
+    paddle = SimpleNamespace(
+        is_compiled_with_cuda=lambda: paddle_has_cuda, version=SimpleNamespace(cuda=lambda: "12.9")
+    )
+    if decision is None:
+        with pytest.raises(SystemExit, match=re.escape(reason)):
+            build_script["decide_cuda"](paddle)
+    else:
+        nvcc, why = build_script["decide_cuda"](paddle)
+        assert nvcc == (str(tmp_path / "bin" / "nvcc") if decision else "")
+        assert reason in why
+
+
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -62,6 +108,7 @@ def wheel(sources, tmp_path_factory) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_plain_install(wheel, tmp_path):
     """The wheel holds all that it needs and is used from elsewhere."""
     target = tmp_path / "site"
@@ -71,6 +118,7 @@ def test_plain_install(wheel, tmp_path):
     assert result.stdout.strip() == str(target / "paddle_flashmask" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     needed = {"__init__.py", "_C.so", "_build_info.py", "lib/libflashmask.so", "py.typed", "masks/__init__.py"}
@@ -80,6 +128,7 @@ def test_wheel_contents(wheel):
     assert "-linux_" in wheel.name, "a compiled wheel must not claim to fit every machine"
 
 
+@pytest.mark.slow
 def test_editable_build(sources):
     """What `pip install -e .` runs: everything lands beside the Python files, and an edit needs no install."""
     run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], sources)
@@ -87,6 +136,7 @@ def test_editable_build(sources):
     assert result.stdout.strip() == str(sources / "paddle_flashmask" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_missing_tools_are_named(sources, tmp_path):
     """No cmake anywhere: the build says what to install."""
     code = """
