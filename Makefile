@@ -33,7 +33,7 @@ venv: $(VENV)/.installed  ## make .venv with the pinned versions
 build: $(VENV)/.built  ## build the op and install the package into .venv (editable)
 
 demo: build  ## fine-tune a small Llama with FlashMask and with a dense mask, and compare
-	$(PY) examples/sft.py
+	$(PY) examples/sft.py examples/config/sft-tiny-cpu.json
 
 test: build  ## run the whole test suite
 	$(PY) -m pytest tests
@@ -65,4 +65,4 @@ bench-cpu: build  ## time the CPU kernels against PyTorch (where importable) and
 	$(PY) benchmarks/kernels.py --device cpu
 
 clean:  ## remove build folders (not .venv, not runs)
-	rm -rf build dist *.egg-info paddle_flashmask/lib paddle_flashmask/*.so
+	rm -rf build dist *.egg-info paddle_flashmask/lib paddle_flashmask/*.so paddle_flashmask/_build_info.py
