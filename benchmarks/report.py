@@ -108,7 +108,7 @@ def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
 
 
 def show(rows: list[dict[str, Any]], unit: str = "TFLOPs/s", factor: float = 1.0) -> None:
-    """Prints the rows. The last column compares forward + backward times, or forward alone if a rival has no backward."""
+    """Prints the rows. The last column compares forward + backward, or forward alone where a rival has no backward."""
     table = Table(title=f"forward + backward, {unit} by true area")
     for name in ("mask", "seqlen", "d", "rival", "fwd ms", "bwd ms", unit, "by tile", "rival's time / ours"):
         table.add_column(name, justify="left" if name in ("mask", "rival") else "right")
