@@ -45,8 +45,8 @@ FLASHMASK_INLINE VecI broadcast_int(int32_t value) { return VecI{} + value; }
 // The comparison is written so that a NaN in `value` stays out of the maximum; it reaches the result through exp2.
 FLASHMASK_INLINE VecF maximum(VecF best, VecF value) { return value > best ? value : best; }
 
-// 2^x for x below 128; above, some number that a caller must not use. Exactly 1 at 0 and exactly 0 below -126, so that tiles which are fully masked
-// change nothing; NaN stays NaN.
+// 2^x for x below 128; above, some number that a caller must not use. Exactly 1 at 0 and exactly 0 below -126, so that
+// tiles which are fully masked change nothing; NaN stays NaN.
 //
 // x = n + f with n integer and |f| <= 1/2; 2^f by a polynomial of degree 6, relative error 5.2e-9, fitted at Chebyshev
 // nodes with the constant term held at 1.
