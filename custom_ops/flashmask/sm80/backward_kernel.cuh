@@ -402,10 +402,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
   }
   __syncthreads();
-  CopyK::store(shared_base + Layout::kK, head_pointer<T>(op.dk, batch, head_k, column_begin), op.dk.seq_stride,
-               columns_valid, op.head_dim, thread);
-  CopyK::store(shared_base + Layout::kV, head_pointer<T>(op.dv, batch, head_k, column_begin), op.dv.seq_stride,
-               columns_valid, op.head_dim_v, thread);
+  store_rows<KTile, Config::kColumns, Config::kThreads>(shared_base + Layout::kK, 0,
+                                                        head_pointer<T>(op.dk, batch, head_k, column_begin),
+                                                        op.dk.seq_stride, columns_valid, op.head_dim, thread);
+  store_rows<KTile, Config::kColumns, Config::kThreads>(shared_base + Layout::kV, 0,
+                                                        head_pointer<T>(op.dv, batch, head_k, column_begin),
+                                                        op.dv.seq_stride, columns_valid, op.head_dim_v, thread);
 }
 
 constexpr int kLargeShared = 163 * 1024;

@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
 
   // The maximum of a row is that of its raw scores: with a negative scale, Q changes its sign instead.
   bool flip_query = p.negative_scale;
+  const bool saw_tiles = tile >= 0;
   while (tile >= 0) {
     copy_async_wait<0>();
     if (flip_query) {
@@ -287,9 +288,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
     partial = next_partial;
   }
 
-  // A warp's rows of Q are its own, so that it may put its output there without waiting for the others: once Q came.
-  copy_async_wait<0>();
-  __syncthreads();
+  // A warp's rows of Q are its own: it may put its output there without waiting for the others. But Q must have come.
+  if (!saw_tiles) {
+    copy_async_wait<0>();
+    __syncthreads();
+  }
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     float sum = row_sum[r];
@@ -309,9 +312,10 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
       store_shared_32(shared_base + Layout::kQ + QTile::offset(row, d) + (lane % 4) * 4, pair);
     }
   }
-  __syncthreads();
-  CopyQ::store(shared_base + Layout::kQ, head_pointer<T>(op.out, batch, head, row_begin), op.out.seq_stride, rows_valid,
-               op.head_dim_v, thread);
+  __syncwarp();
+  store_rows<QTile, kRowsPerWarp, 32>(shared_base + Layout::kQ, warp_row,
+                                      head_pointer<T>(op.out, batch, head, row_begin), op.out.seq_stride, rows_valid,
+                                      op.head_dim_v, lane);
 }
 
 template <typename T, int kHeadDim>

@@ -46,8 +46,8 @@ struct SharedTile {
   }
 };
 
-// Copies of [rows, head_dim] slabs from global memory into a tile, and back. A thread always serves the same chunk
-// column, so its addresses are one base plus constants.
+// Copies of [rows, head_dim] slabs from global memory into a tile. A thread always serves the same chunk column, so its
+// addresses are one base plus constants.
 template <typename Tile, int kThreads>
 struct TileCopy {
   static constexpr int kRowsPerPass = kThreads / Tile::kSliceChunks;
@@ -92,28 +92,30 @@ struct TileCopy {
       }
     }
   }
+};
 
-  static __device__ __forceinline__ void store(uint32_t tile, void* target, int64_t row_stride, int rows_valid,
-                                               int columns_valid, int thread) {
-    const int chunk = thread % Tile::kSliceChunks;
-    const int row = thread / Tile::kSliceChunks;
-    char* pointer = static_cast<char*>(target) + (row * row_stride + chunk * 8) * 2;
-    const int64_t pass_bytes = row_stride * (kRowsPerPass * 2);
-    const uint32_t origin = tile + Tile::offset(row, chunk);
+// Stores rows first_row .. first_row + kRowCount - 1 of a tile by kThreads threads. Row numbers are those of the tile,
+// `target` is where its row 0 goes.
+template <typename Tile, int kRowCount, int kThreads>
+__device__ __forceinline__ void store_rows(uint32_t tile, int first_row, void* target, int64_t row_stride,
+                                           int rows_valid, int columns_valid, int thread) {
+  constexpr int kRowsPerPass = kThreads / Tile::kSliceChunks;
+  static_assert(kThreads % Tile::kSliceChunks == 0 && kRowCount % kRowsPerPass == 0);
+  const int chunk = thread % Tile::kSliceChunks;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (row + pass * kRowsPerPass < rows_valid) {
+  for (int pass = 0; pass < kRowCount / kRowsPerPass; ++pass) {
+    const int row = first_row + pass * kRowsPerPass + thread / Tile::kSliceChunks;
+    if (row < rows_valid) {
+      char* pointer = static_cast<char*>(target) + (row * row_stride + chunk * 8) * 2;
 #pragma unroll
-        for (int slice = 0; slice < Tile::kSlices; ++slice) {
-          if (chunk * 8 + slice * Tile::kSliceColumns < columns_valid) {
-            *reinterpret_cast<uint4*>(pointer + slice * Tile::kSliceColumns * 2) =
-                load_shared_128(origin + pass * kRowsPerPass * Tile::kRowBytes + slice * Tile::kSliceBytes);
-          }
+      for (int slice = 0; slice < Tile::kSlices; ++slice) {
+        if (chunk * 8 + slice * Tile::kSliceColumns < columns_valid) {
+          *reinterpret_cast<uint4*>(pointer + slice * Tile::kSliceColumns * 2) =
+              load_shared_128(tile + Tile::offset(row, chunk) + slice * Tile::kSliceBytes);
         }
       }
-      pointer += pass_bytes;
     }
   }
-};
+}
 
 }  // namespace flashmask::sm80
