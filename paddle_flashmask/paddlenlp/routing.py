@@ -18,6 +18,8 @@ import paddle.nn.functional as F
 
 from paddle_flashmask.functional import flashmask_attention
 
+from .watch import report_call
+
 __all__ = ["as_startend_row_indices", "drops_dense_mask", "route"]
 
 # Devices whose attention PaddleNLP calls through Paddle's own functional API; the others have private kernels.
@@ -201,6 +203,7 @@ def route(original: Callable[..., Any]) -> Callable[..., Any]:
                 causal=causal,
                 enable=skip_recompute,
             )
+            report_call(query_states, key_states, value_states, attn_mask_startend_row_indices, out)
         elif attention_mask is not None and routed:
             _refuse_parallel(config, reshard_layer, "A dense attention_mask")
             if alibi is not None:
