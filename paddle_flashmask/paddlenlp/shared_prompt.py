@@ -1,0 +1,355 @@
+"""Packed rows in which a prompt is stored once for all its answers (the `share_question` mask).
+
+A group is a prompt and its branches. A branch sees the prompt and itself, not the other branches; its position ids
+continue after the prompt, so each branch is computed as if it stood alone behind the prompt. In row indices that is one
+number a token: the end of the group for the prompt, the end of the branch for a branch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+
+from .packing import IGNORE, _require_choice, _require_positive, pack_lengths
+from .preference import EncodedPreference
+
+__all__ = ["PreferenceCollator", "PreferenceDataset", "PreferenceStats"]
+
+logger = logging.getLogger(__name__)
+
+Task = Literal["dpo", "reward"]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PreferenceStats:
+    """What packing did; ``print`` it before training.
+
+    Attributes:
+        samples: prompts packed, each with its answers.
+        skipped: samples left out because they, or their prompt, were too long.
+        responses: answers of all packed samples.
+        prompt_lengths: shortest, median and longest prompt, in tokens.
+        response_lengths: the same for the answers.
+        rows: rows made.
+        max_length: tokens of a row.
+        tokens: tokens of all rows, without padding.
+        unshared_tokens: what they would be if each answer had a copy of its prompt.
+        fill: tokens over the rows' capacity, from 0 to 1.
+        attended: share of a row's ``max_length**2`` scores that the mask lets through, from 0 to 1, averaged over rows.
+    """
+
+    samples: int
+    skipped: int
+    responses: int
+    prompt_lengths: tuple[int, int, int]
+    response_lengths: tuple[int, int, int]
+    rows: int
+    max_length: int
+    tokens: int
+    unshared_tokens: int
+    fill: float
+    attended: float
+
+    def __str__(self) -> str:
+        prompt, response = ("/".join(map(str, sizes)) for sizes in (self.prompt_lengths, self.response_lengths))
+        saved = 1 - self.tokens / self.unshared_tokens
+        skipped = f" ({self.skipped:,} were too long)" if self.skipped else ""
+        return (
+            f"{self.samples:,} prompts{skipped} with {self.responses:,} answers; tokens shortest/median/longest: "
+            f"prompts {prompt}, answers {response}\n"
+            f"{self.rows:,} rows of {self.max_length:,} tokens, {self.fill:.1%} filled; prompts that are stored once "
+            f"save {saved:.1%} of the tokens; the mask skips {1 - self.attended:.1%} of the scores"
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One sample, laid out. Places count from the group's first token."""
+
+    input_ids: Integers
+    position_ids: Integers
+    labels: Integers  # next tokens in the branches of DPO, IGNORE elsewhere
+    ends: Integers  # row index of each token
+    branches: Integers  # [k, 2], start and end
+    sort: npt.NDArray[np.float32]  # [k]
+
+
+def _lay_out(sample: EncodedPreference, task: Task, share_prompt: bool) -> _Group:
+    prompt = sample["prompt"]
+    if task == "dpo":
+        # The prompt's last token predicts the first one of each answer: every branch begins with a copy of it.
+        shared = prompt[:-1]
+        branches = [prompt[-1:] + response[:-1] for response in sample["responses"]]
+        labels = sample["responses"]
+    else:
+        shared, branches = (prompt, sample["responses"]) if share_prompt else ([], [])
+        branches = branches or [prompt + response for response in sample["responses"]]
+        labels = [[IGNORE] * len(branch) for branch in branches]
+    sizes = np.array([len(branch) for branch in branches], dtype=np.int64)
+    stops = len(shared) + np.cumsum(sizes)
+    return _Group(
+        input_ids=np.array(sum(branches, list(shared)), dtype=np.int64),
+        position_ids=np.concatenate([np.arange(len(shared)), *(len(shared) + np.arange(size) for size in sizes)]),
+        labels=np.array(sum(labels, [IGNORE] * len(shared)), dtype=np.int64),
+        ends=np.concatenate([np.full(len(shared), stops[-1]), np.repeat(stops, sizes)]),
+        branches=np.stack([stops - sizes, stops], axis=1),
+        sort=np.array(sample["sort"], dtype=np.float32),
+    )
+
+
+def _spread(sizes: Sequence[int]) -> tuple[int, int, int]:
+    return min(sizes), int(np.median(sizes)), max(sizes)
+
+
+class PreferenceDataset(paddle.io.Dataset):
+    """Packed rows of prompts with their answers, for PaddleNLP's trainers; ``PreferenceCollator`` batches them.
+
+    Args:
+        samples: as ``encode_preference`` gives them.
+        max_length: tokens of a row. A prompt and all its answers must fit into one.
+        task: ``dpo`` (exactly two answers; rows carry labels) or ``reward`` (two or more).
+        strategy: ``greedy`` or ``in_order``, see ``pack_lengths``.
+        too_long: what to do with a sample that is longer than a row, or whose prompt is longer than
+            ``max_prompt_length``: ``error``, or ``skip`` and log how many. None is truncated.
+        max_prompt_length: tokens of a prompt; None sets no limit.
+        share_prompt: False gives each answer a copy of its prompt, to measure what sharing saves; ``reward`` only,
+            because PaddleNLP's ``DPOCriterion`` wants the two answers side by side.
+
+    Raises:
+        TypeError: a sample is not a mapping with lists of integers.
+        ValueError: an argument out of range; a sample without prompt, with an empty answer, with a wrong number of
+            answers or too long; no sample at all. The message names the sample's index.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[Mapping[str, Any]],
+        max_length: int,
+        task: Task,
+        strategy: Literal["greedy", "in_order"] = "greedy",
+        too_long: Literal["error", "skip"] = "error",
+        max_prompt_length: int | None = None,
+        share_prompt: bool = True,
+    ) -> None:
+        super().__init__()
+        self.max_length = _require_positive("max_length", max_length)
+        _require_choice("task", task, ("dpo", "reward"))
+        _require_choice("too_long", too_long, ("error", "skip"))
+        if max_prompt_length is not None:
+            _require_positive("max_prompt_length", max_prompt_length)
+        if task == "dpo" and not share_prompt:
+            raise ValueError('share_prompt=False needs task="reward": PaddleNLP\'s DPOCriterion reads adjacent answers')
+        self.task = task
+        self._groups: list[_Group] = []
+        self._prompt_lengths: list[int] = []
+        self._response_lengths: list[int] = []
+        self._unshared_tokens = 0
+        self.skipped = 0
+        for index, raw in enumerate(samples):
+            sample = _checked_sample(index, raw, task)
+            group = _lay_out(sample, task, share_prompt)
+            problem = self._too_long(sample, group, max_prompt_length)
+            if problem and too_long == "error":
+                raise ValueError(
+                    f"samples[{index}] {problem}. Raise that limit, shorten the sample, or leave such samples out with "
+                    'too_long="skip"'
+                )
+            if problem:
+                logger.debug("skipped samples[%d]: it %s", index, problem)
+                self.skipped += 1
+                continue
+            self._groups.append(group)
+            self._prompt_lengths.append(len(sample["prompt"]))
+            self._response_lengths += map(len, sample["responses"])
+            # DPO drops the last token of an answer, which predicts nothing.
+            spare = 1 if task == "dpo" else 0
+            self._unshared_tokens += sum(len(sample["prompt"]) + len(r) - spare for r in sample["responses"])
+        if self.skipped:
+            logger.warning(
+                "skipped %d of %d samples: longer than max_length=%d, or a prompt longer than max_prompt_length=%s",
+                self.skipped,
+                self.skipped + len(self._groups),
+                self.max_length,
+                max_prompt_length,
+            )
+        if not self._groups:
+            raise ValueError(f"samples must hold at least one sample of at most {self.max_length} tokens, got none")
+        self.rows = pack_lengths([len(group.input_ids) for group in self._groups], self.max_length, strategy)
+
+    def _too_long(self, sample: EncodedPreference, group: _Group, max_prompt_length: int | None) -> str:
+        if max_prompt_length is not None and len(sample["prompt"]) > max_prompt_length:
+            return f"has a prompt of {len(sample['prompt'])} tokens, more than max_prompt_length={max_prompt_length}"
+        if len(group.input_ids) > self.max_length:
+            return f"has {len(group.input_ids)} tokens with its answers, more than max_length={self.max_length}"
+        return ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row: int64 ``input_ids``, ``labels``, ``position_ids`` and ``ends`` (row indices) ``[tokens]``;
+        ``branches`` ``[answers, 3]`` (start, end, number of the group in the row); float32 ``sort`` ``[answers]``."""
+        groups = [self._groups[sample] for sample in self.rows[index]]
+        starts = np.cumsum([0] + [len(group.input_ids) for group in groups])
+        return {
+            "input_ids": np.concatenate([group.input_ids for group in groups]),
+            "labels": np.concatenate([group.labels for group in groups]),
+            "position_ids": np.concatenate([group.position_ids for group in groups]),
+            "ends": np.concatenate([group.ends + start for group, start in zip(groups, starts, strict=False)]),
+            "branches": np.concatenate(
+                [
+                    np.c_[group.branches + start, np.full(len(group.branches), number)]
+                    for number, (group, start) in enumerate(zip(groups, starts, strict=False))
+                ]
+            ),
+            "sort": np.concatenate([group.sort for group in groups]),
+        }
+
+    def stats(self) -> PreferenceStats:
+        """Lengths, how well the rows are filled, and which share of the attention the mask leaves."""
+        tokens = sum(len(group.input_ids) for group in self._groups)
+        # Column j is seen by the rows from j to the end of what it belongs to.
+        seen = sum(int((group.ends - np.arange(len(group.ends))).sum()) for group in self._groups)
+        capacity = len(self.rows) * self.max_length
+        return PreferenceStats(
+            samples=len(self._groups),
+            skipped=self.skipped,
+            responses=len(self._response_lengths),
+            prompt_lengths=_spread(self._prompt_lengths),
+            response_lengths=_spread(self._response_lengths),
+            rows=len(self.rows),
+            max_length=self.max_length,
+            tokens=tokens,
+            unshared_tokens=self._unshared_tokens,
+            fill=tokens / capacity,
+            attended=seen / (capacity * self.max_length),
+        )
+
+
+def _checked_sample(index: int, sample: Any, task: Task) -> EncodedPreference:
+    keys = {"prompt", "responses", "sort"}
+    if not isinstance(sample, Mapping) or not keys <= set(sample):
+        got = sorted(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        raise TypeError(f"samples[{index}] must be a mapping with prompt, responses and sort, got {got}")
+    responses, sort = list(sample["responses"]), list(sample["sort"])
+    named = {"['prompt']": sample["prompt"], **{f"['responses'][{i}]": r for i, r in enumerate(responses)}}
+    arrays = []
+    for name, tokens in named.items():
+        array = np.asarray(tokens)
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise TypeError(f"samples[{index}]{name} must be a list of integers, got {array.dtype} {list(array.shape)}")
+        if not array.size:
+            raise ValueError(f"samples[{index}]{name} has no tokens")
+        arrays.append(array.tolist())
+    if len(responses) < 2 or (task == "dpo" and len(responses) != 2):
+        raise ValueError(
+            f"samples[{index}] must have {'2' if task == 'dpo' else 'at least 2'} responses, got {len(responses)}"
+        )
+    if len(sort) != len(responses) or not np.isfinite(np.asarray(sort, dtype=np.float64)).all():
+        raise ValueError(f"samples[{index}]['sort'] must have a number for each of {len(responses)} responses: {sort}")
+    order = sorted(range(len(sort)), key=lambda place: -sort[place])
+    if sort[order[0]] == sort[order[-1]]:
+        raise ValueError(f"samples[{index}]['sort'] must tell better from worse, got {sort}")
+    return {
+        "prompt": arrays[0],
+        "responses": [arrays[1 + place] for place in order],
+        "sort": [float(sort[place]) for place in order],
+    }
+
+
+class PreferenceCollator:
+    """Batches of a ``PreferenceDataset``'s rows, padded to ``max_length``, for ``DPOTrainer`` and ``RewardTrainer``.
+
+    Gives int64 ``input_ids``, ``position_ids`` ``[b, max_length]``, one mask, and where the answers are.
+
+    - mask ``flashmask``: int32 ``attn_mask_startend_row_indices`` ``[b, 1, max_length]``;
+    - mask ``dense``: bool ``attention_mask`` ``[b, 1, max_length, max_length]``, True where row i sees column j;
+    - task ``dpo``: int64 ``chosen_labels`` and ``rejected_labels`` ``[b, max_length]`` (next tokens, 0 elsewhere) and
+      ``response_indexs`` ``[pairs, 4]``: row, start of the chosen answer, its end and start of the rejected one, end;
+    - task ``reward``: int64 ``response_indexs`` ``[answers, 3]``: row, place of the answer's last token, number of its
+      prompt in the batch; float32 ``response_sort`` ``[answers]``.
+
+    Padding is hidden from every row and sees nothing. Both masks come from the same rows.
+
+    Args:
+        max_length: tokens of a row.
+        task: as for the dataset.
+        pad_token_id: token of the padding.
+        mask: ``flashmask`` or ``dense``.
+    """
+
+    def __init__(
+        self, max_length: int, task: Task, pad_token_id: int = 0, mask: Literal["flashmask", "dense"] = "flashmask"
+    ) -> None:
+        self.max_length = _require_positive("max_length", max_length)
+        _require_choice("task", task, ("dpo", "reward"))
+        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, (int, np.integer)):
+            raise TypeError(f"pad_token_id must be an integer, got {type(pad_token_id).__name__}")
+        _require_choice("mask", mask, ("flashmask", "dense"))
+        self.task = task
+        self.pad_token_id = int(pad_token_id)
+        self.mask = mask
+
+    def __call__(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Collate rows of a ``PreferenceDataset`` of the same task.
+
+        Raises:
+            ValueError: no row, or a row longer than ``max_length``.
+        """
+        if len(rows) == 0:
+            raise ValueError("rows must hold at least one row, got none")
+        for index, row in enumerate(rows):
+            if len(row["input_ids"]) > self.max_length:
+                raise ValueError(f"rows[{index}] has {len(row['input_ids'])} tokens, more than {self.max_length}")
+        batch: dict[str, np.ndarray] = {
+            "input_ids": self._padded(rows, "input_ids", self.pad_token_id),
+            "position_ids": self._padded(rows, "position_ids", 0),
+        }
+        # 0 for padding: its columns are masked from row 0 on, and no column is open to its rows.
+        ends = self._padded(rows, "ends", 0)
+        if self.mask == "flashmask":
+            batch["attn_mask_startend_row_indices"] = ends[:, None].astype(np.int32)
+        else:
+            place = np.arange(self.max_length)
+            batch["attention_mask"] = ((place[:, None] >= place) & (place[:, None] < ends[:, None]))[:, None]
+        return {**batch, **(self._pairs(rows) if self.task == "dpo" else self._answers(rows))}
+
+    def _padded(self, rows: Sequence[Mapping[str, np.ndarray]], key: str, value: int) -> Integers:
+        out = np.full((len(rows), self.max_length), value, dtype=np.int64)
+        for index, row in enumerate(rows):
+            out[index, : len(row[key])] = row[key]
+        return out
+
+    def _pairs(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        labels = self._padded(rows, "labels", IGNORE)
+        sides = np.zeros((2, len(rows), self.max_length), dtype=np.int64)
+        places = []
+        for index, row in enumerate(rows):
+            for chosen, rejected in row["branches"].reshape(-1, 2, 3):
+                places.append([index, chosen[0], chosen[1], rejected[1]])
+                for side, (start, end, _) in enumerate((chosen, rejected)):
+                    sides[side, index, start:end] = labels[index, start:end]
+        return {
+            "chosen_labels": sides[0],
+            "rejected_labels": sides[1],
+            "response_indexs": np.array(places, dtype=np.int64),
+        }
+
+    def _answers(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        places = []
+        prompts = 0
+        for index, row in enumerate(rows):
+            branches = row["branches"]
+            places.append(np.c_[np.full(len(branches), index), branches[:, 1] - 1, branches[:, 2] + prompts])
+            prompts += int(branches[-1, 2]) + 1
+        return {
+            "response_indexs": np.concatenate(places).astype(np.int64),
+            "response_sort": np.concatenate([row["sort"] for row in rows]),
+        }
