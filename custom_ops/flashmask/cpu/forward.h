@@ -180,11 +180,10 @@ static void forward_typed(const CpuPlan& plan, WorkQueue& queue, float* scratch)
   const Dropout dropout(p);
   ForwardScratch parts;
   parts.layout(p, scratch);
-  const int64_t heads = (int64_t)p.batch * p.heads_q;
   for (int64_t item = queue.next(); item >= 0; item = queue.next()) {
-    const int batch_head = (int)(item % heads);
+    const int batch_head = (int)(item / plan.num_row_tiles);
     // The last rows first: under a causal mask they are the heaviest.
-    const int row_tile = plan.num_row_tiles - 1 - (int)(item / heads);
+    const int row_tile = plan.num_row_tiles - 1 - (int)(item % plan.num_row_tiles);
     forward_row_tile<T>(plan, dropout, batch_head / p.heads_q, batch_head % p.heads_q, row_tile, parts);
   }
 }

@@ -6,11 +6,11 @@
 
 namespace flashmask {
 
-constexpr int kForwardTileRows = 64;
+constexpr int kForwardTileRows = 128;
 constexpr int kForwardTileColumns = 128;
 constexpr int kBackwardTileRows = 64;
 constexpr int kBackwardTileColumns = 128;
-constexpr int kMaxTileRows = 64;
+constexpr int kMaxTileRows = 128;
 constexpr int kMaxTileColumns = 128;
 static_assert(FLASHMASK_BLOCK_MASK_TILE % kMaxTileRows == 0 && FLASHMASK_BLOCK_MASK_TILE % kMaxTileColumns == 0,
               "a tile lies inside one block of block_mask");
