@@ -36,6 +36,17 @@ def patches() -> list[Patch]:
             "DPO with pipeline parallelism drops the row indices: a misspelt key",
         ),
         Patch(
+            "paddlenlp.trl.dpo_trainer:DPOTrainer._wrap_ref_model",
+            workarounds.lone_reference,
+            "DPO with a reference model fails in a single process: Paddle 3.3.1 wants fleet to be initialised",
+            workarounds.fleet_must_be_initialised,
+        ),
+        Patch(
+            "paddlenlp.transformers.dpo_criterion:DPOCriterion.dpo_logps",
+            workarounds.all_chosen_tokens,
+            "the SFT loss of DPO is divided by too few tokens where a chosen answer holds token 0",
+        ),
+        Patch(
             "paddlenlp.trl.sft_trainer:SFTTrainer.prediction_step",
             guards.guard_generation,
             "evaluation with generation drops the row indices",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator
@@ -12,11 +11,17 @@ from typing import Any
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from paddle.distributed import fleet
+
+from .patching import stands_in_for
 
 __all__ = [
+    "all_chosen_tokens",
     "cumsum_promotes_int32",
     "dpo_pipeline_inputs",
     "expert_slots",
+    "fleet_must_be_initialised",
+    "lone_reference",
     "pipeline_arguments",
     "rng_tracker",
     "rng_tracker_wants_more",
@@ -32,7 +37,7 @@ def pipeline_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     # 5 for Llama (the last one is alibi), 4 for the others.
     width = len(original(paddle.zeros([1])))
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def parse_args(args: Any) -> tuple[Any, ...]:
         if not isinstance(args, tuple):
             return (args,) + (None,) * (width - 1)
@@ -79,7 +84,7 @@ def dpo_pipeline_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         "reference_rejected_logps",
     )
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def prepare_pipeline_dpo_inputs_func(inputs: Any) -> list[Any]:
         if not isinstance(inputs, dict):
             inputs = {key: [micro.pop(key) for micro in inputs] for key in list(inputs[0])}
@@ -98,6 +103,56 @@ def dpo_pipeline_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_pipeline_dpo_inputs_func
 
 
+def fleet_must_be_initialised() -> bool:
+    """Whether ``fleet.distributed_model`` fails in a process that is alone (Paddle 3.3.1), where nobody calls
+    ``fleet.init``."""
+    if paddle.distributed.get_world_size() > 1:
+        return False
+    try:
+        fleet.distributed_model(paddle.nn.Layer())
+    except AttributeError:
+        return True
+    return False
+
+
+def lone_reference(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of ``DPOTrainer._wrap_ref_model``: a process that is alone has nothing to wrap the model for."""
+
+    @stands_in_for(original)
+    def _wrap_ref_model(self: Any, model: Any) -> Any:
+        if paddle.distributed.get_world_size() > 1 or hasattr(fleet.fleet, "_user_defined_strategy"):
+            return original(self, model)
+        self.amp_dtype = "float16" if self.args.fp16 else "bfloat16"
+        return paddle.amp.decorate(models=model, level=self.args.fp16_opt_level, dtype=self.amp_dtype)
+
+    return _wrap_ref_model
+
+
+def all_chosen_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``DPOCriterion.dpo_logps``: average the SFT loss over all tokens of the chosen answers.
+
+    PaddleNLP counts the labels that are not 0, although 0 is a token like any other: "!" in Qwen2.
+    """
+
+    @stands_in_for(original)
+    def dpo_logps(
+        self: Any,
+        logits: Any,
+        chosen_labels: paddle.Tensor,
+        rejected_labels: paddle.Tensor,
+        response_indexs: paddle.Tensor,
+        average_log_prob: bool = False,
+    ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+        chosen, rejected, sft_loss = original(
+            self, logits, chosen_labels, rejected_labels, response_indexs, average_log_prob
+        )
+        places = response_indexs[0] if response_indexs.ndim == 3 else response_indexs
+        tokens = (places[:, 2] - places[:, 1]).sum()
+        return chosen, rejected, sft_loss * ((chosen_labels != 0).sum() / tokens).astype(sft_loss.dtype)
+
+    return dpo_logps
+
+
 def cumsum_promotes_int32() -> bool:
     """Whether ``paddle.cumsum`` of int32 gives int64 (Paddle 3.2 and later). The gate multiplies it by int32."""
     return paddle.cumsum(paddle.ones([1], dtype="int32"), axis=0).dtype != paddle.int32
@@ -106,7 +161,7 @@ def cumsum_promotes_int32() -> bool:
 def expert_slots(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replacement of ``PretrainedMoEGate._priority``: the same slots, without mixing int32 and int64."""
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def _priority(self: Any, topk_idx: paddle.Tensor, capacity: int) -> paddle.Tensor:
         # First choices of all tokens queue at their experts before the second choices, and so on.
         chosen = F.one_hot(topk_idx.transpose([1, 0]).flatten(), self.num_experts).astype("int64")
@@ -130,7 +185,7 @@ def rng_tracker(original: Callable[..., Any]) -> Callable[..., Any]:
     The states of NumPy and ``random`` are left as they are, as Paddle 3.0 did.
     """
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     @contextlib.contextmanager
     def switch_rng_state_tracker(rng_state: Any, tracker: Any, *states: Any, **more: Any) -> Iterator[None]:
         if not states and "numpy_state" not in more:
