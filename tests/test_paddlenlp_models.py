@@ -137,3 +137,9 @@ def test_left_padding():
         loss_and_gradients(model("Llama"), batch, use_flash_attention=True),
         loss_and_gradients(model("Llama"), batch, use_flash_attention=False),
     )
+
+
+def test_to_static_as_one_graph():
+    batch = batches((13, 20, 15, 30, 18))["flashmask"]
+    net = paddle.jit.to_static(model("Llama", use_flash_attention=True), full_graph=True)
+    assert_same(loss_and_gradients(net, batch, use_flash_attention=True), expected("Llama"))

@@ -3,6 +3,7 @@
 import importlib
 import threading
 
+import paddle
 import pytest
 from paddlenlp_models import FAMILIES, assert_same, batches, loss_and_gradients, model
 
@@ -29,10 +30,10 @@ def snapshot():
 
 def test_replaces_and_restores_exactly():
     before = snapshot()
+    needed = {patch.target for patch in patches() if patch.needed()}
     flashmask_nlp.enable()
     during = snapshot()
-    needed = [patch.target for patch in patches() if patch.needed()]
-    assert [target for target in before if during[target] is not before[target]] == needed
+    assert {target for target in before if during[target] is not before[target]} == needed
     flashmask_nlp.disable()
     assert {target: id(value) for target, value in snapshot().items()} == {t: id(v) for t, v in before.items()}
 
@@ -127,10 +128,20 @@ def test_listed_models_take_row_indices():
 
     from paddlenlp import transformers
 
-    assert tuple(f"{family}ForCausalLM" for family in FAMILIES) == flashmask_nlp.MODELS
-    for name in flashmask_nlp.MODELS:
-        forward = getattr(transformers, name).forward
-        assert "attn_mask_startend_row_indices" in inspect.signature(forward).parameters
+    assert {f"{family}ForCausalLM" for family in FAMILIES} <= set(flashmask_nlp.MODELS)
     with flashmask_nlp.enabled():
+        for name in flashmask_nlp.MODELS:
+            forward = getattr(transformers, name).forward
+            assert "attn_mask_startend_row_indices" in inspect.signature(forward).parameters
         spec = inspect.getfullargspec(transformers.LlamaModel.forward)
         assert "position_ids" in spec.args
+
+
+def test_enabling_from_a_static_program():
+    paddle.enable_static()
+    try:
+        with flashmask_nlp.enabled():
+            assert flashmask_nlp.is_enabled()
+        assert not paddle.in_dynamic_mode()
+    finally:
+        paddle.disable_static()

@@ -11,6 +11,8 @@ from typing import Any
 
 import paddle
 
+from .patching import stands_in_for
+
 __all__ = [
     "ROW_INDICES",
     "accepts_row_indices",
@@ -25,9 +27,10 @@ ROW_INDICES = "attn_mask_startend_row_indices"
 
 
 def argument_reader(function: Callable[..., Any], name: str) -> Callable[[tuple, dict], Any]:
-    """A reader of argument ``name`` of a call of ``function``, whichever way it was passed; None if it was not."""
-    index = list(inspect.signature(function).parameters).index(name)
+    """A reader of argument ``name`` of a call of a method, whichever way it was passed; None if it was not."""
+    index = list(inspect.signature(function).parameters).index(name) - 1  # without self
 
+    @paddle.jit.not_to_static
     def read(args: tuple, kwargs: dict) -> Any:
         if name in kwargs:
             return kwargs[name]
@@ -46,10 +49,12 @@ def accepts_row_indices(layer: Any) -> bool:
         seen.add(id(layer))
         if ROW_INDICES in inspect.signature(layer.forward).parameters:
             return True
-        # A pipeline model takes one tuple; its class says which inputs it packs into it.
-        prepare = getattr(type(layer), "_prepare_pipeline_inputs_func", None)
-        if prepare is not None and ROW_INDICES in inspect.getsource(prepare):
-            return True
+        # A pipeline model takes one tuple, and packs the inputs that it knows into it.
+        prepare = getattr(layer, "_prepare_pipeline_inputs_func", None)
+        if prepare is not None:
+            marker = object()
+            packed = prepare({ROW_INDICES: marker})[0]
+            return packed is marker or (isinstance(packed, tuple) and any(entry is marker for entry in packed))
         # Wrappers: LoRAModel and VeRAModel hold `.model`, Paddle's parallel wrappers hold `._layers`.
         layer = vars(layer).get("_sub_layers", {}).get("model") or vars(layer).get("_sub_layers", {}).get("_layers")
     return False
@@ -73,31 +78,61 @@ def _looks_plain_causal(attention_mask: paddle.Tensor) -> bool:
     return bool((allowed == paddle.tril(paddle.ones([length, length], dtype="int32")).astype("bool")).all())
 
 
+# `paddle.jit.to_static` must not translate the checks and the functions around the models: it would lose *args and
+# **kwargs on the way.
+
+
+@paddle.jit.not_to_static
+def _check_model(model: Any, rows: Any, mask: Any) -> None:
+    if rows is not None and getattr(model.config, "alibi", False):
+        raise ValueError(
+            f"{ROW_INDICES} with config.alibi=True: {type(model).__name__} leaves alibi out when it gets row indices. "
+            "Use a model with rotary positions, or a dense attention_mask with use_flash_attention=False"
+        )
+    dropped = rows is None and mask is not None and os.getenv("USE_CASUAL_MASK") == "True"
+    # What a static program will be given is not known while it is built.
+    if dropped and not (paddle.in_dynamic_mode() and _looks_plain_causal(mask)):
+        raise ValueError(
+            f"USE_CASUAL_MASK=True in the environment makes {type(model).__name__} ignore attention_mask and train "
+            "plain causal attention. Unset USE_CASUAL_MASK, or pass row indices (they are not affected)"
+        )
+
+
+@paddle.jit.not_to_static
+def _check_attention(layer: Any, rows: Any, module: Any) -> None:
+    if rows is None:
+        return
+    if not layer.config.use_flash_attention:
+        raise ValueError(
+            f"{ROW_INDICES} with use_flash_attention=False: PaddleNLP would ignore the row indices and train plain "
+            "causal attention. Set config.use_flash_attention=True (or --use_flash_attention true)"
+        )
+    if getattr(module, "flash_attention", None) is None:
+        raise ValueError(
+            f"{ROW_INDICES}: this Paddle has no paddle.nn.functional.flash_attention, so PaddleNLP would ignore the "
+            "row indices. Install paddlepaddle 3.0 or later"
+        )
+    attend = layer.attn_func
+    attend = attend.func if isinstance(attend, functools.partial) else attend
+    if attend.__module__ != module.__name__:
+        raise ValueError(
+            f"{ROW_INDICES} with attention replaced by {attend.__module__}.{attend.__name__} (shifted sparse "
+            "attention?), which ignores them. Build the model without that replacement"
+        )
+
+
 def guard_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around a decoder model's ``forward``: masks that the model drops before any layer sees them."""
     read_mask = argument_reader(original, "attention_mask")
     has_rows = ROW_INDICES in inspect.signature(original).parameters
     read_rows = argument_reader(original, ROW_INDICES) if has_rows else lambda args, kwargs: None
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        self = args[0]
-        rows, mask = read_rows(args, kwargs), read_mask(args, kwargs)
-        if rows is not None and getattr(self.config, "alibi", False):
-            raise ValueError(
-                f"{ROW_INDICES} with config.alibi=True: {type(self).__name__} leaves alibi out when it gets row "
-                "indices. Use a model with rotary positions, or a dense attention_mask with use_flash_attention=False"
-            )
-        mask_dropped = rows is None and mask is not None and os.getenv("USE_CASUAL_MASK") == "True"
-        if mask_dropped and not _looks_plain_causal(mask):
-            raise ValueError(
-                f"USE_CASUAL_MASK=True in the environment makes {type(self).__name__} ignore attention_mask and train "
-                "plain causal attention. Unset USE_CASUAL_MASK, or pass row indices (they are not affected)"
-            )
-        return original(*args, **kwargs)
+    @paddle.jit.not_to_static
+    @stands_in_for(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_model(self, read_rows(args, kwargs), read_mask(args, kwargs))
+        return original(self, *args, **kwargs)
 
-    # For inspect.getfullargspec, which does not look through functools.wraps.
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
 
 
@@ -106,39 +141,19 @@ def guard_attention(original: Callable[..., Any]) -> Callable[..., Any]:
     read_rows = argument_reader(original, ROW_INDICES)
     module = sys.modules[original.__module__]
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        self = args[0]
-        if read_rows(args, kwargs) is not None:
-            config = self.config
-            if not config.use_flash_attention:
-                raise ValueError(
-                    f"{ROW_INDICES} with use_flash_attention=False: PaddleNLP would ignore the row indices and train "
-                    "plain causal attention. Set config.use_flash_attention=True (or --use_flash_attention true)"
-                )
-            if getattr(module, "flash_attention", None) is None:
-                raise ValueError(
-                    f"{ROW_INDICES}: this Paddle has no paddle.nn.functional.flash_attention, so PaddleNLP would "
-                    "ignore the row indices. Install paddlepaddle 3.0 or later"
-                )
-            attend = self.attn_func
-            attend = attend.func if isinstance(attend, functools.partial) else attend
-            if attend.__module__ != original.__module__:
-                raise ValueError(
-                    f"{ROW_INDICES} with attention replaced by {attend.__module__}.{attend.__name__} (shifted sparse "
-                    "attention?), which ignores them. Build the model without that replacement"
-                )
-        return original(*args, **kwargs)
+    @paddle.jit.not_to_static
+    @stands_in_for(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_attention(self, read_rows(args, kwargs), module)
+        return original(self, *args, **kwargs)
 
-    # For inspect.getfullargspec, which does not look through functools.wraps.
-    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
 
 
 def guard_sequence_split(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around the trainer's split of a batch along the sequence (sep and context parallelism)."""
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def split(inputs: Any, *args: Any, **kwargs: Any) -> Any:
         masks = [key for key in (ROW_INDICES, "attention_mask") if isinstance(inputs, dict) and key in inputs]
         if masks:
@@ -155,7 +170,7 @@ def guard_sequence_split(original: Callable[..., Any]) -> Callable[..., Any]:
 def guard_prepared_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around ``Trainer._prepare_inputs``: a model that would swallow row indices in ``**kwargs``."""
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def prepare(self: Any, inputs: Any) -> Any:
         if isinstance(inputs, dict) and inputs.get(ROW_INDICES) is not None and not accepts_row_indices(self.model):
             raise ValueError(
@@ -170,7 +185,7 @@ def guard_prepared_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 def guard_generation(original: Callable[..., Any]) -> Callable[..., Any]:
     """Around ``SFTTrainer.prediction_step``: generation takes a dense mask only."""
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def prediction_step(self: Any, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         if self.do_generation and not prediction_loss_only and inputs.get(ROW_INDICES) is not None:
             raise ValueError(

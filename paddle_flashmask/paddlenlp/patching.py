@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Patch", "PatchSet"]
+__all__ = ["Patch", "PatchSet", "stands_in_for"]
+
+
+def stands_in_for(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a replacement: the name, the documentation and the signature of ``original``.
+
+    Unlike ``functools.wraps`` it leaves no way back to ``original``: ``paddle.jit.to_static`` would take it and
+    translate the original instead of the replacement. The signature is set for ``inspect.getfullargspec``.
+    """
+
+    def decorate(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        functools.update_wrapper(replacement, original)
+        del replacement.__wrapped__  # type: ignore[attr-defined]
+        replacement.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        return replacement
+
+    return decorate
 
 
 def _always() -> bool:

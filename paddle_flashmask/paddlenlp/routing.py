@@ -18,6 +18,7 @@ import paddle.nn.functional as F
 
 from paddle_flashmask.functional import flashmask_attention
 
+from .patching import stands_in_for
 from .watch import report_call
 
 __all__ = ["as_startend_row_indices", "drops_dense_mask", "route"]
@@ -33,12 +34,12 @@ def drops_dense_mask() -> bool:
     PaddleNLP calls it that way. Paddle 3.3's documentation says that the mask is ignored then; earlier versions applied
     it. Measured on two tokens rather than read off the version, on the CPU.
     """
-    query = paddle.zeros([1, 2, 1, 8], dtype="float32").cpu()
-    value = paddle.to_tensor([0.0, 1.0], place=paddle.CPUPlace()).reshape([1, 2, 1, 1]).expand([1, 2, 1, 8])
-    hide_first = paddle.to_tensor([[0.0, -1e30], [-1e30, 0.0]], place=paddle.CPUPlace()).reshape([1, 1, 2, 2])
-    with paddle.no_grad():
+    with paddle.base.dygraph.guard(paddle.CPUPlace()), paddle.no_grad():
+        query = paddle.zeros([1, 2, 1, 8], dtype="float32")
+        value = paddle.to_tensor([0.0, 1.0]).reshape([1, 2, 1, 1]).expand([1, 2, 1, 8])
+        hide_first = paddle.to_tensor([[0.0, -1e30], [-1e30, 0.0]]).reshape([1, 1, 2, 2])
         out = F.scaled_dot_product_attention(query, query, value, attn_mask=hide_first, is_causal=True)
-    return float(out[0, 1, 0, 0]) < 0.75  # 1.0 if the mask is applied, 0.5 if it is dropped
+        return float(out[0, 1, 0, 0]) < 0.75  # 1.0 if the mask is applied, 0.5 if it is dropped
 
 
 def as_startend_row_indices(
@@ -63,8 +64,9 @@ def as_startend_row_indices(
         ValueError: a shape that does not belong to this call.
     """
     name = "attn_mask_startend_row_indices"
-    if not isinstance(row_indices, paddle.Tensor) or row_indices.dtype not in (paddle.int32, paddle.int64):
-        kind = row_indices.dtype if isinstance(row_indices, paddle.Tensor) else type(row_indices).__name__
+    # Not isinstance: in a static program it is a paddle.pir.Value.
+    kind = getattr(row_indices, "dtype", type(row_indices).__name__)
+    if kind not in (paddle.int32, paddle.int64):
         raise TypeError(f"{name} must be an int32 tensor, got {kind}")
     shape = list(row_indices.shape)
     if row_indices.ndim == 2:
@@ -115,7 +117,8 @@ def _inputs_as_saved() -> tuple[str, ...]:
     so it is looked at, not assumed.
     """
     names = ("query", "key", "value", "startend_row_indices")
-    with paddle.set_grad_enabled(True), paddle.amp.auto_cast(enable=False):
+    # The guard is for scripts that have switched to static programs.
+    with paddle.base.dygraph.guard(), paddle.set_grad_enabled(True), paddle.amp.auto_cast(enable=False):
         tensors = {name: paddle.zeros([1, 8, 1, 8], dtype="float32") for name in names[:3]}
         tensors["startend_row_indices"] = paddle.full([1, 1, 8, 1], 8, dtype="int32")
         for name, tensor in tensors.items():
@@ -160,7 +163,7 @@ def route(original: Callable[..., Any]) -> Callable[..., Any]:
     fusion_ops: Any = sys.modules[original.__module__]
     attend = _in_saved_order(_inputs_as_saved())
 
-    @functools.wraps(original)
+    @stands_in_for(original)
     def fusion_flash_attention(
         query_states: paddle.Tensor,
         config: Any,
