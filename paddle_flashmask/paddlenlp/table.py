@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from . import guards, routing, workarounds
+from . import carried, guards, routing, workarounds
+from .carried_table import carried_patches
 from .families import FAMILIES
 from .patching import Patch
 
@@ -75,10 +76,11 @@ def patches() -> list[Patch]:
             )
         )
     for folder, prefix in FAMILIES.items():
+        guard_model = carried.guard_shared_model if folder == "deepseek_v2" else guards.guard_model
         table += [
             Patch(
                 f"{_TRANSFORMERS}.{folder}.modeling:{prefix}Model.forward",
-                guards.guard_model,
+                guard_model,
                 "USE_CASUAL_MASK=True drops the attention mask; alibi is left out beside row indices",
             ),
             Patch(
@@ -92,4 +94,4 @@ def patches() -> list[Patch]:
                 "pipeline stages mix up masks, row indices and position ids",
             ),
         ]
-    return table
+    return table + carried_patches()

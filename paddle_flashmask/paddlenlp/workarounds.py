@@ -22,9 +22,11 @@ __all__ = [
     "expert_slots",
     "fleet_must_be_initialised",
     "lone_reference",
+    "mixtral_experts",
     "pipeline_arguments",
     "rng_tracker",
     "rng_tracker_wants_more",
+    "where_gives_vectors",
 ]
 
 
@@ -194,3 +196,31 @@ def rng_tracker(original: Callable[..., Any]) -> Callable[..., Any]:
             yield
 
     return switch_rng_state_tracker
+
+
+def where_gives_vectors() -> bool:
+    """Whether ``paddle.where(condition)`` gives ``[n]`` (Paddle 3), not ``[n, 1]``, as Mixtral expects."""
+    return paddle.where(paddle.ones([1], dtype="bool"))[0].ndim == 1
+
+
+def mixtral_experts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of ``MixtralSparseMoeBlock.forward``: the same sum of the chosen experts' outputs."""
+
+    @stands_in_for(original)
+    def forward(self: Any, hidden_states: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        tokens = hidden_states.reshape([-1, hidden_states.shape[-1]])
+        router_logits = self.gate(tokens)
+        with paddle.amp.auto_cast(False):
+            shares = F.softmax(router_logits.astype("float32"), axis=-1)
+        shares, chosen = paddle.topk(shares, self.top_k, axis=-1)
+        shares = (shares / shares.sum(axis=-1, keepdim=True)).astype(tokens.dtype)
+        out = paddle.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            places = paddle.nonzero(chosen == number)  # [n, 2]: token, and which of its choices
+            if places.shape[0] > 0:
+                token = places[:, 0]
+                given = expert(paddle.gather(tokens, token)) * paddle.gather_nd(shares, places).unsqueeze(-1)
+                out = paddle.index_add(out, token, 0, given.astype(out.dtype))
+        return out.reshape(hidden_states.shape), router_logits
+
+    return forward

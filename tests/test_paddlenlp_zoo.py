@@ -1,0 +1,153 @@
+"""Models beyond the four that take row indices by themselves: equal to the dense mask, or a refusal."""
+
+import importlib
+
+import numpy as np
+import paddle
+import pytest
+from paddlenlp_models import assert_same, batches, loss_and_gradients
+from paddlenlp_zoo import DOCUMENT, ROWS, current_document, zoo_model
+
+import paddle_flashmask.paddlenlp as flashmask_nlp
+from paddle_flashmask.paddlenlp import carried, workarounds
+from paddle_flashmask.paddlenlp.families import CARRIED
+
+ADDED = tuple(f"{prefix}ForCausalLM" for prefix in CARRIED.values())
+
+
+@pytest.fixture(autouse=True)
+def routed():
+    with flashmask_nlp.enabled():
+        yield
+
+
+@pytest.fixture
+def made():
+    return batches((13, 20, 15, 30, 18))
+
+
+def test_the_document_is_current():
+    """Trains every model that takes row indices and asks every other one, see paddlenlp_zoo.py."""
+    assert DOCUMENT.read_text() == current_document(), "docs/models.md is out of date: python tests/paddlenlp_zoo.py"
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3ForCausalLM", *ADDED])
+def test_verify(name, made):
+    report = flashmask_nlp.verify(zoo_model(name, use_flash_attention=True), made["flashmask"])
+    assert len(report.layers) == 2
+    assert 0 < report.worst.max_relative < 1e-5
+
+
+# PaddleNLP itself fails, with any mask, at full_attn of DeepSeek and GPT; core_attn is recomputed by these only.
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        *((name, "full") for name in ("DeepseekV3ForCausalLM", *ADDED) if name != "GPTForCausalLM"),
+        *((name, "core_attn") for name in ADDED if name not in ("ChatGLMv2ForCausalLM", "MistralForCausalLM")),
+        ("MixtralForCausalLM", "full_attn"),
+        ("GemmaForCausalLM", "full_attn"),
+    ],
+)
+def test_recompute(name, granularity, made, monkeypatch):
+    calls = []
+    original = carried.flashmask_attention
+    monkeypatch.setattr(carried, "flashmask_attention", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    settings = {"recompute": True, "recompute_granularity": granularity, "recompute_use_reentrant": False}
+    net = zoo_model(name, **settings)
+    net.recompute_enable()
+    got = loss_and_gradients(net, made["flashmask"], use_flash_attention=True)
+    assert_same(got, loss_and_gradients(zoo_model(name), made["dense"], use_flash_attention=False))
+    if name in ADDED:
+        assert len(calls) == 4, "two layers, forward and recomputation"
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_padding_and_whole_batches_without_row_indices(name):
+    made = batches((13, 20, 9, 30, 11))
+    plain = {key: value for key, value in made["flashmask"].items() if key != ROWS}
+    got = loss_and_gradients(zoo_model(name), made["flashmask"], use_flash_attention=True)
+    assert all(np.isfinite(gradient).all() for gradient in got[1].values())
+    if name != "MixtralForCausalLM":  # its experts' balance counts padding, which sees nothing here
+        assert_same(got, loss_and_gradients(zoo_model(name), made["dense"], use_flash_attention=False))
+    # A call without row indices is PaddleNLP's own again, right after one with them.
+    assert carried._current.get() is None
+    if name not in ("GPTForCausalLM", "ChatGLMv2ForCausalLM"):  # no flash attention on a CPU; rows of a batch mixed up
+        assert_same(
+            loss_and_gradients(zoo_model(name), plain, use_flash_attention=True),
+            loss_and_gradients(zoo_model(name), plain, use_flash_attention=False),
+        )
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_a_layer_that_attends_otherwise(name, made, monkeypatch):
+    net = zoo_model(name, use_flash_attention=True)
+    attention = next(layer for layer in net.sublayers() if type(layer).__name__.endswith("Attention"))
+    original = attention.forward
+
+    def without(*args, **kwargs):
+        with carried._carrying(None):
+            return original(*args, **kwargs)
+
+    if name == "GPTForCausalLM":  # plain flash attention has no CPU kernel
+        monkeypatch.setattr(attention, "_flash_attention", lambda q, *rest, **more: q.flatten(start_axis=2))
+    monkeypatch.setattr(attention, "forward", without, raising=False)
+    with pytest.raises((RuntimeError, ValueError), match=r"1 of 2 layers|Broadcast|dimension"):
+        net(**made["flashmask"])
+
+
+def test_arguments_that_contradict_row_indices(made):
+    batch = made["flashmask"]
+
+    def refused(match, name="MistralForCausalLM", more=None, **config):
+        net = zoo_model(name)
+        for key, value in {"use_flash_attention": True, **config}.items():
+            setattr(net.config, key, value)
+        with pytest.raises(ValueError, match=match):
+            net(**batch, **(more or {}))
+
+    refused("one of them, not both", more={"attention_mask": made["dense"]["attention_mask"]})
+    for name in ADDED:
+        refused("use_flash_attention=False", name, use_flash_attention=False)
+    refused("context_parallel_degree=2", context_parallel_degree=2)
+    refused("refined_recompute", "QWenForCausalLM", refined_recompute={"flash_attn": 1})
+    refused("scale_qk_coeff=2.0", "GPTForCausalLM", scale_qk_coeff=2.0)
+    refused("sequence_parallel", "ChatGLMv2ForCausalLM", sequence_parallel=True)
+    refused("num_nextn_predict_layers=0", "DeepseekV3ForCausalLM", num_nextn_predict_layers=1)
+    for name in ("GemmaModel", "MixtralModel"):
+        net = zoo_model(name.replace("Model", "ForCausalLM"))
+        inner = getattr(net, name.removesuffix("Model").lower())
+        with pytest.raises(ValueError, match="it swallows them"):
+            inner(batch["input_ids"], **{ROWS: batch[ROWS]})
+
+
+def test_gpt_and_a_dense_mask_that_its_flash_attention_ignores(made):
+    net = zoo_model("GPTForCausalLM", use_flash_attention=True)
+    with pytest.raises(ValueError, match="would ignore it"):
+        net(**made["dense"])
+
+
+def test_dropout_of_attention(made):
+    names = {"GPTForCausalLM": "attention_probs_dropout_prob", "MixtralForCausalLM": "attention_dropout"}
+    for name, argument in names.items():
+        losses = []
+        for probability in (0.0, 0.5):
+            net = zoo_model(name, use_flash_attention=True, **{argument: probability})
+            losses.append(loss_and_gradients(net, made["flashmask"], use_flash_attention=True)[0])
+        assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_experts_of_mixtral():
+    """The same as a loop over tokens."""
+    block = importlib.import_module("paddlenlp.transformers.mixtral.modeling").MixtralSparseMoeBlock
+    assert workarounds.where_gives_vectors() == (paddle.where(paddle.ones([2], dtype="bool"))[0].ndim == 1)
+    net = zoo_model("MixtralForCausalLM")
+    layer = next(layer for layer in net.sublayers() if isinstance(layer, block))
+    given = paddle.randn([2, 5, 32])
+    out, logits = layer(given)
+    for token, row in enumerate(given.reshape([-1, 32])):
+        shares = paddle.nn.functional.softmax(logits[token]).numpy()
+        best = np.argsort(shares)[::-1][:2]
+        expected = (
+            sum(layer.experts[int(e)](row.unsqueeze(0)).numpy()[0] * shares[e] for e in best) / shares[best].sum()
+        )
+        np.testing.assert_allclose(out.reshape([-1, 32])[token].numpy(), expected, atol=1e-5)
