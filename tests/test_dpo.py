@@ -15,7 +15,14 @@ import paddle_flashmask.paddlenlp as flashmask_nlp
 MODES = ("reference", "reference free", "lora")
 
 
-class Alone(DPOTrainer):
+class Unrouted(DPOTrainer):
+    """For runs outside of `enabled()`: see `test_a_single_process_needs_no_fleet`."""
+
+    def _wrap_ref_model(self, model):
+        return model
+
+
+class Alone(Unrouted):
     """DPO without packing: every answer in a row of its own, plain causal attention, equation 7 of arXiv 2305.18290."""
 
     def compute_loss(self, model, inputs):
@@ -131,7 +138,7 @@ def test_equal_to_each_answer_alone(mode, recompute, dataset, expected, tmp_path
 
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_to_a_dense_mask(mode, dataset, expected, tmp_path):
-    compare(train("dense", dataset, tmp_path, mode=mode), expected(mode))
+    compare(train("dense", dataset, tmp_path, mode=mode, cls=Unrouted), expected(mode))
 
 
 def test_qwen2(dataset, expected, tmp_path):
@@ -143,7 +150,7 @@ def test_qwen2(dataset, expected, tmp_path):
 def test_the_comparison_would_tell_a_wrong_mask(dataset, expected, tmp_path):
     """Answers that see each other give other losses, far outside the tolerance."""
 
-    class Causal(DPOTrainer):
+    class Causal(Unrouted):
         def compute_loss(self, model, inputs):
             inputs.pop("attention_mask")
             return super().compute_loss(model, inputs)
@@ -165,7 +172,7 @@ def test_evaluation_and_resume(dataset, tmp_path):
             metrics = resumed.evaluate()
     for name, weight in weights(whole.model).items():
         np.testing.assert_allclose(weights(resumed.model)[name], weight, atol=1e-6, err_msg=name)
-    dense = make_trainer("dense", dataset, tmp_path / "dense")
+    dense = make_trainer("dense", dataset, tmp_path / "dense", cls=Unrouted)
     dense.model.set_state_dict(resumed.model.state_dict())
     expected = dense.evaluate()
     for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
