@@ -18,5 +18,6 @@ with contextlib.redirect_stderr(io.StringIO()):  # Paddle prints a warning whene
     from paddlenlp.utils.log import logger
 
 logger.set_level("ERROR")
-logging.basicConfig(format="%(message)s", level=logging.WARNING)
+# force: PaddleNLP has set up a handler that writes where standard error went above.
+logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
 logging.getLogger("paddle_flashmask").setLevel(logging.INFO)

@@ -38,7 +38,7 @@ import paddle_flashmask.paddlenlp as flashmask_nlp
 
 
 @dataclass
-class ExampleArguments:
+class ExampleArguments(flashmask_nlp.VerifyArguments):
     compare: bool = field(default=False, metadata={"help": "Train with FlashMask and with a dense mask, and compare."})
     max_samples: int = field(default=0, metadata={"help": "Use the first so many samples; 0 is all."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer that is trained, without a model."})
@@ -136,7 +136,8 @@ def main() -> None:
         flush=True,
     )
 
-    # 4. PaddleNLP's trainer, untouched.
+    # 4. PaddleNLP's trainer, untouched. With --flash_mask_verify true the first batch is checked layer by layer.
+    checks = [flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else []
     watch = Watch("FlashMask" if flash_mask else "dense mask", data_args.max_length)
     trainer = SFTTrainer(
         model=model,
@@ -144,7 +145,7 @@ def main() -> None:
         train_dataset=dataset,
         data_collator=collator,
         tokenizer=tokenizer,
-        callbacks=[watch],
+        callbacks=[watch, *checks],
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.save_strategy != "no":
