@@ -76,6 +76,16 @@ def test_forms_and_head_dims(n: int, causal: bool, d: int, dtype: str) -> None:
     Problem(n=n, causal=causal, d=d, dtype=dtype, s_q=399, s_k=399, h_m=2 if n else 1).run()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize(("n", "causal"), [(0, False), (1, True), (4, False)])
+def test_kernels_of_smaller_gpus(n: int, causal: bool, d: int, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes for 99 KiB of shared memory a block (RTX 30 and 40)."""
+    monkeypatch.setenv("FLASHMASK_CUDA_SHARED_LIMIT", str(99 * 1024))
+    options = {"deterministic": d % 64 == 0, "dropout": dropout, "seed": 3}
+    Problem(n=n, causal=causal, d=d, s_q=399, s_k=450, h_q=4, options=options).run()
+
+
 @pytest.mark.parametrize("s", [1, 2, 63, 64, 65, 113, 127, 128, 129, 239, 799, 1023])
 @pytest.mark.parametrize(("n", "causal"), [(0, False), (0, True), (1, True), (4, False)])
 def test_lengths(s: int, n: int, causal: bool) -> None:

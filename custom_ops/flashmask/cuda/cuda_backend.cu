@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 #include <math.h>
+#include <stdlib.h>
 
 #include <algorithm>
 #include <string>
@@ -126,7 +127,6 @@ int64_t workspace_bytes(const FlashmaskParams& op, bool backward) {
     if (find_kernels(op, set.min_capability) != &set) continue;  // a better fit is always taken
     for (const int shared : {kSmallShared, kLargestShared}) {
       const TileShape shape = backward ? set.backward_shape(shared) : set.forward_shape(shared);
-      if (shape.rows == 0) continue;
       KernelParams p{};
       p.op = op;
       const int64_t need =
@@ -169,6 +169,11 @@ FlashmaskStatus ask_device(Device* device, std::string* error) {
   FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&device->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id),
                        "shared memory limit");
   device->capability = 10 * major + minor;
+  // For tests: the kernels that smaller GPUs take can so be run on a large one.
+  const char* pretended = getenv("FLASHMASK_CUDA_SHARED_LIMIT");
+  if (pretended != nullptr && atoi(pretended) >= kSmallShared) {
+    device->shared_limit = std::min(device->shared_limit, atoi(pretended));
+  }
   return FLASHMASK_OK;
 }
 
@@ -278,12 +283,6 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   }
   KernelParams p = common_params(op);
   const TileShape shape = set->backward_shape(device.shared_limit);
-  if (shape.rows == 0) {
-    *error = "head_dim: the backward kernel for head dim " + std::to_string(set->head_dim) +
-             " needs more shared memory than this device grants a block (" + std::to_string(device.shared_limit) +
-             " bytes)";
-    return FLASHMASK_NOT_BUILT;
-  }
   status = check_workspace(op, plan_backward(shape, set->head_dim, op.workspace, &p), error);
   if (status != FLASHMASK_OK) return status;
   if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;

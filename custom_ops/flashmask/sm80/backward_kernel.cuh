@@ -27,27 +27,34 @@ struct BackwardShape {
   static constexpr int kWarps = kKeyWarps * kDimWarps, kThreads = kWarps * 32;
 };
 
-// Large: at least 160 KiB of shared memory a block (A100, H100). Small: the 99 KiB of consumer GPUs.
+// Large is what a block may have on data center GPUs (163 KiB and more), small is for the 99 KiB of the others; a
+// device gets the large shape where it fits. Chosen by timing on an H100: docs/performance-log.md.
 template <int kHeadDim, bool kLarge>
 struct BackwardConfig;
-template <bool kLarge>
-struct BackwardConfig<32, kLarge> : BackwardShape<64, 128, 8, 1, 2> {};
+template <>
+struct BackwardConfig<32, true> : BackwardShape<128, 128, 4, 2, 2> {};
+template <>
+struct BackwardConfig<32, false> : BackwardShape<64, 128, 4, 2, 2> {};
 template <>
 struct BackwardConfig<64, true> : BackwardShape<128, 128, 4, 2, 2> {};
 template <>
-struct BackwardConfig<64, false> : BackwardShape<64, 128, 8, 1, 2> {};
+struct BackwardConfig<64, false> : BackwardShape<64, 128, 4, 2, 2> {};
 template <>
-struct BackwardConfig<96, true> : BackwardShape<64, 128, 8, 1, 2> {};
+struct BackwardConfig<96, true> : BackwardShape<64, 128, 4, 2, 2> {};
 template <>
 struct BackwardConfig<96, false> : BackwardShape<64, 128, 8, 1, 1> {};
 template <>
 struct BackwardConfig<128, true> : BackwardShape<64, 128, 4, 2, 2> {};
 template <>
 struct BackwardConfig<128, false> : BackwardShape<64, 64, 4, 2, 1> {};
-template <bool kLarge>
-struct BackwardConfig<192, kLarge> : BackwardShape<64, 64, 4, 2, 1> {};
-template <bool kLarge>
-struct BackwardConfig<256, kLarge> : BackwardShape<64, 64, 4, 2, 1> {};
+template <>
+struct BackwardConfig<192, true> : BackwardShape<64, 64, 2, 4, 1> {};
+template <>
+struct BackwardConfig<192, false> : BackwardShape<32, 64, 4, 2, 1> {};
+template <>
+struct BackwardConfig<256, true> : BackwardShape<64, 64, 2, 4, 1> {};
+template <>
+struct BackwardConfig<256, false> : BackwardShape<32, 32, 2, 2, 1> {};
 
 template <int kHeadDim, typename Config>
 struct BackwardLayout {
@@ -83,7 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   constexpr int kDqRowWarps = Config::kWarps / kDqDimWarps;
   constexpr int kDqMTiles = Config::kRows / 16 / kDqRowWarps;
   constexpr int kDqDTiles = kHeadDim / 8 / kDqDimWarps;
-  static_assert(kDqMTiles >= 1 && kDqDTiles % 2 == 0 && kDTiles % 2 == 0 && kNTiles % 4 == 0);
+  static_assert(kDqMTiles >= 1 && kDqDTiles % 2 == 0 && kDTiles % 2 == 0 && kNTiles % 2 == 0);
 
   extern __shared__ __align__(128) char shared[];
   const uint32_t shared_base = shared_address(shared);
@@ -212,6 +219,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       product(scores, k_lanes, q_stage);
 
       if (partial) {
+        constexpr int kWords = (kNTiles + 3) / 4;  // 32 queries each
         // A thread's keys are g and g + 8 of each 16; its queries 8n + 2t and the next.
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
@@ -220,13 +228,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
             const int key = warp_key + m * 16 + h * 8 + lane / 4;
             const int4 intervals = *reinterpret_cast<const int4*>(shared + Layout::kBounds + key * 16);
 #pragma unroll
-            for (int word = 0; word < kNTiles / 4; ++word) {
+            for (int word = 0; word < kWords; ++word) {
               const int first = row_begin + warp_query + word * 32;
               const uint32_t bits =
                   (interval_bits(intervals.x, intervals.y, first) | interval_bits(intervals.z, intervals.w, first)) >>
                   (lane % 4 * 2);
 #pragma unroll
-              for (int n = 0; n < 4; ++n) {
+              for (int n = 0; n < kNTiles / kWords; ++n) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                   if (bits & (1u << (n * 8 + e))) scores[m][word * 4 + n][h * 2 + e] = masked_score;
@@ -294,17 +302,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       }
 
       // dS^T, and P^T if need be, to shared memory.
+      const uint32_t p_corner = opaque(shared_base + PTile::offset(warp_key + lane / 4, 0) + lane % 4 * 4);
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
         for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int place = PTile::offset(warp_key + m * 16 + h * 8 + lane / 4, warp_query / 8 + n) + lane % 4 * 4;
-            store_shared_32(shared_base + Layout::kDs + place, Half2<T>::pack(dp[m][n][h * 2], dp[m][n][h * 2 + 1]));
+            const uint32_t place = PTile::moved(p_corner, m * 16 + h * 8, warp_query / 8 + n);
+            store_shared_32(place + Layout::kDs, Half2<T>::pack(dp[m][n][h * 2], dp[m][n][h * 2 + 1]));
             if constexpr (kThroughShared) {
-              store_shared_32(shared_base + Layout::kP + place,
-                              Half2<T>::pack(scores[m][n][h * 2], scores[m][n][h * 2 + 1]));
+              store_shared_32(place + Layout::kP, Half2<T>::pack(scores[m][n][h * 2], scores[m][n][h * 2 + 1]));
             }
           }
         }
@@ -410,17 +418,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
                                                         op.dv.seq_stride, columns_valid, op.head_dim_v, thread);
 }
 
-constexpr int kLargeShared = 163 * 1024;
+constexpr int kSmallestShared = 99 * 1024;
+
+template <int kHeadDim>
+bool backward_is_large(int shared_limit) {
+  static_assert(BackwardLayout<kHeadDim, BackwardConfig<kHeadDim, false>>::kBytes <= kSmallestShared);
+  return BackwardLayout<kHeadDim, BackwardConfig<kHeadDim, true>>::kBytes <= shared_limit;
+}
 
 template <typename T, int kHeadDim>
 TileShape backward_tile_shape(int shared_limit) {
-  if (shared_limit >= kLargeShared) {
-    using Config = BackwardConfig<kHeadDim, true>;
-    return TileShape{Config::kRows, Config::kColumns};
-  }
-  using Config = BackwardConfig<kHeadDim, false>;
-  if (BackwardLayout<kHeadDim, Config>::kBytes > shared_limit) return TileShape{0, 0};  // does not fit this device
-  return TileShape{Config::kRows, Config::kColumns};
+  using Large = BackwardConfig<kHeadDim, true>;
+  using Small = BackwardConfig<kHeadDim, false>;
+  return backward_is_large<kHeadDim>(shared_limit) ? TileShape{Large::kRows, Large::kColumns}
+                                                   : TileShape{Small::kRows, Small::kColumns};
 }
 
 template <typename T, int kHeadDim, typename Config>
@@ -445,7 +456,7 @@ cudaError_t launch_backward(const KernelParams& p, int shared_limit, cudaStream_
     status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }
-  status = shared_limit >= kLargeShared
+  status = backward_is_large<kHeadDim>(shared_limit)
                ? launch_backward_kernel<T, kHeadDim, typename BackwardConfig<kHeadDim, true>::Shape>(p, stream)
                : launch_backward_kernel<T, kHeadDim, typename BackwardConfig<kHeadDim, false>::Shape>(p, stream);
   if (status != cudaSuccess) return status;

@@ -19,7 +19,7 @@ struct ForwardShape {
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
-struct ForwardConfig<32> : ForwardShape<128, 128, 4, 2> {};
+struct ForwardConfig<32> : ForwardShape<128, 64, 4, 3> {};
 template <>
 struct ForwardConfig<64> : ForwardShape<128, 128, 4, 2> {};
 template <>
@@ -97,10 +97,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
 
   using CopyQ = TileCopy<QTile, Config::kThreads>;
   using CopyK = TileCopy<KTile, Config::kThreads>;
+  // opaque: addresses are worked out anew for every tile, because kept ones would make the main loop spill.
   const auto load_keys = [&](int tile, bool partial) {
     const int column = tile * Config::kColumns;
     CopyK::load_async(shared_base + Layout::kK, k + column * op.k.seq_stride, op.k.seq_stride, op.seqlen_k - column,
-                      op.head_dim, thread);
+                      op.head_dim, opaque(thread));
     if (partial) {
       const int values = min(Config::kColumns, op.seqlen_k - column) * op.num_bounds;
       for (int i = thread; i < values; i += Config::kThreads) {
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
   }
 
   CopyQ::load_async(shared_base + Layout::kQ, head_pointer<T>(op.q, batch, head, row_begin), op.q.seq_stride,
-                    rows_valid, op.head_dim, thread);
+                    rows_valid, op.head_dim, opaque(thread));
   copy_async_commit();
   bool partial;
   int tile = walker.next(&partial);
@@ -141,27 +142,25 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
     __syncthreads();  // K (and Q, the first time) is there for all, and all are done with V
     const int column_begin = tile * Config::kColumns;
     CopyK::load_async(shared_base + Layout::kV, v + column_begin * op.v.seq_stride, op.v.seq_stride,
-                      op.seqlen_k - column_begin, op.head_dim_v, thread);
+                      op.seqlen_k - column_begin, op.head_dim_v, opaque(thread));
     copy_async_commit();
 
     // A partial tile is looked at once more, by each warp for its own rows: often they are all masked, or none.
     const uint32_t warp_bits = shared_base + Layout::kBits + warp * Config::kColumns * 4;
+    constexpr uint32_t kRowBits = kRowsPerWarp == 32 ? 0xFFFFFFFFu : (1u << kRowsPerWarp) - 1u;
     bool sees_something = true;
     if (partial) {
       const int32_t* tile_bounds = reinterpret_cast<const int32_t*>(shared + Layout::kBounds);
-      uint32_t some = 0, every = 0xFFFFFFFFu;
+      uint32_t every = 0xFFFFFFFFu;
 #pragma unroll
       for (int i = 0; i < Config::kColumns / 32; ++i) {
         const int column = i * 32 + lane;
         const uint32_t bits = column_bits(tile_bounds + column * op.num_bounds, op.num_bounds, op.causal,
                                           column_begin + column, row_begin + warp_row, op.seqlen_q, op.seqlen_k);
         store_shared_32(warp_bits + column * 4, bits);
-        some |= bits;
         every &= bits;
       }
-      constexpr uint32_t kRowBits = kRowsPerWarp == 32 ? 0xFFFFFFFFu : (1u << kRowsPerWarp) - 1u;
       __syncwarp();
-      partial = __any_sync(kAllLanes, (some & kRowBits) != 0) || p.no_skip;
       sees_something = __any_sync(kAllLanes, (every & kRowBits) != kRowBits) || p.no_skip;
     }
 
@@ -184,15 +183,21 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
 
       if (partial) {
 #pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-          uint32_t bits[2];
-          load_shared_64(bits, warp_bits + (n * 8 + lane % 4 * 2) * 4);
+        for (int group = 0; group < kNTiles / 4; ++group) {
+          // Most groups of 32 columns in a partial tile are seen by all rows of the warp, or hidden from all.
+          const uint32_t mine = load_shared_32(warp_bits + (group * 32 + lane) * 4);
+          if (!__any_sync(kAllLanes, (mine & kRowBits) != 0) && !p.no_skip) continue;
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            bits[e] >>= lane / 4;
+          for (int n = group * 4; n < group * 4 + 4; ++n) {
+            uint32_t bits[2];
+            load_shared_64(bits, warp_bits + (n * 8 + lane % 4 * 2) * 4);
 #pragma unroll
-            for (int r = 0; r < kRowsPerThread; ++r) {
-              if (bits[e] & (1u << (r * 8))) scores[r / 2][n][(r % 2) * 2 + e] = -CUDART_INF_F;
+            for (int e = 0; e < 2; ++e) {
+              bits[e] >>= lane / 4;
+#pragma unroll
+              for (int r = 0; r < kRowsPerThread; ++r) {
+                if (bits[e] & (1u << (r * 8))) scores[r / 2][n][(r % 2) * 2 + e] = -CUDART_INF_F;
+              }
             }
           }
         }
@@ -328,6 +333,7 @@ cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   using Config = ForwardConfig<kHeadDim>;
   const auto kernel = p.op.dropout > 0 ? forward_kernel<T, kHeadDim, true> : forward_kernel<T, kHeadDim, false>;
   constexpr int kShared = ForwardLayout<kHeadDim>::kBytes;
+  static_assert(kShared <= 99 * 1024, "what every device of capability 8.0 and newer grants a block");
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (status != cudaSuccess) return status;
   const int blocks = p.lists.row_tiles * p.op.batch * p.op.heads_q;

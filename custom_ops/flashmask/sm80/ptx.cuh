@@ -49,6 +49,12 @@ __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void load_shared_64(uint32_t (&value)[2], uint32_t address) {
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(value[0]), "=r"(value[1]) : "r"(address) : "memory");
 }
@@ -112,11 +118,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// `width` ones from bit `start` on; bits past 31 fall away.
-__device__ __forceinline__ uint32_t bit_run(uint32_t start, uint32_t width) {
-  uint32_t mask;
-  asm("bmsk.clamp.b32 %0, %1, %2;\n" : "=r"(mask) : "r"(start), "r"(width));
-  return mask;
+// The same value, but the compiler does not know: what is computed from it is not kept in registers across a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Unlike <<, gives 0 for amounts of 32 and more.
+__device__ __forceinline__ uint32_t shift_left(uint32_t value, uint32_t amount) {
+  uint32_t shifted;
+  asm("shl.b32 %0, %1, %2;\n" : "=r"(shifted) : "r"(value), "r"(amount));
+  return shifted;
 }
 
 // Adds one accumulator fragment to global memory. The 128 floats of a 16x8 tile lie together; which lane owns which is

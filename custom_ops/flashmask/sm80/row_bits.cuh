@@ -7,31 +7,34 @@
 
 namespace flashmask::sm80 {
 
-// Bit i is set when row_begin + i lies in [start, end). Any int32 values will do.
+// Bits i with row_begin + i >= row; `row` may be any int32.
+__device__ __forceinline__ uint32_t bits_from(int row, int row_begin) {
+  return shift_left(0xFFFFFFFFu, max(row, row_begin) - row_begin);
+}
+
+// Bit i is set when row_begin + i lies in [start, end).
 __device__ __forceinline__ uint32_t interval_bits(int start, int end, int row_begin) {
-  const int first = min(max(start, row_begin), row_begin + 32) - row_begin;
-  const int last = min(max(end, row_begin), row_begin + 32) - row_begin;
-  return bit_run(first, max(last - first, 0));
+  return bits_from(start, row_begin) & ~bits_from(end, row_begin);
 }
 
 // Masked rows of `column` among row_begin .. row_begin + 31, from its raw bounds. Rows past seqlen_q may come out
 // either way; columns past seqlen_k are masked everywhere.
 __device__ __forceinline__ uint32_t column_bits(const int32_t* bounds, int num_bounds, bool causal, int column,
                                                 int row_begin, int seqlen_q, int seqlen_k) {
-  if (column >= seqlen_k) return 0xFFFFFFFFu;
   uint32_t bits = 0;
-  if (num_bounds > 0) {
-    const bool has_lower_end = causal ? num_bounds == 2 : num_bounds == 4;
-    bits = interval_bits(bounds[0], has_lower_end ? bounds[1] : seqlen_q, row_begin);
-  }
   if (causal) {
-    bits |= interval_bits(0, column - (seqlen_k - seqlen_q), row_begin);
+    bits = ~bits_from(column - (seqlen_k - seqlen_q), row_begin);
+    if (num_bounds == 1) {
+      bits |= bits_from(bounds[0], row_begin);
+    } else if (num_bounds == 2) {
+      bits |= interval_bits(bounds[0], bounds[1], row_begin);
+    }
   } else if (num_bounds == 4) {
-    bits |= interval_bits(bounds[2], bounds[3], row_begin);
+    bits = interval_bits(bounds[0], bounds[1], row_begin) | interval_bits(bounds[2], bounds[3], row_begin);
   } else if (num_bounds == 2) {
-    bits |= interval_bits(0, bounds[1], row_begin);
+    bits = bits_from(bounds[0], row_begin) | ~bits_from(bounds[1], row_begin);
   }
-  return bits;
+  return column < seqlen_k ? bits : 0xFFFFFFFFu;
 }
 
 }  // namespace flashmask::sm80
