@@ -13,20 +13,26 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from paddle_flashmask import masks
 from paddle_flashmask.plotting import plot_mask_and_blocks
 
 MASKS = {"flashmask": "FlashMask", "dense": "dense mask"}
 
 
-def compare(script: str, arguments: list[str], folder: Path, data: str) -> None:
-    """Train both ways on the same batches from the same seed; write summary.json, loss.png and mask.png to `folder`."""
+def compare(script: str, arguments: list[str], folder: Path, data: str | dict[str, str]) -> None:
+    """Train both ways on the same batches from the same seed; write summary.json, loss.png and mask.png to `folder`.
+
+    `data` is the value of --dataset_name_or_path, or a dictionary of the arguments that name the data. Runs that log
+    reward margins give margin.png as well.
+    """
+    data = data if isinstance(data, dict) else {"dataset_name_or_path": data}
     results = {}
     for name in MASKS:
         overrides = {
             "compare": "false",
             "flash_mask": str(name == "flashmask").lower(),
-            "dataset_name_or_path": data,
             "output_dir": str(folder / name),
+            **data,
         }
         settings = [part for key, value in overrides.items() for part in (f"--{key}", value)]
         run = subprocess.run([sys.executable, script, *arguments, *settings])
@@ -36,7 +42,9 @@ def compare(script: str, arguments: list[str], folder: Path, data: str) -> None:
 
     summary = summarise(results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_losses(results, folder / "loss.png")
+    draw_curves(results, "losses", "loss", "Training loss, same batches and seed", folder / "loss.png")
+    if "margins" in results["flashmask"]:
+        draw_curves(results, "margins", "reward margin", "Better minus worse answer", folder / "margin.png")
     draw_first_row(results["flashmask"], folder / "mask.png")
     print_table(summary, folder)
 
@@ -54,27 +62,38 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         }
         for name, result in results.items()
     }
+    for name, result in results.items():
+        if result.get("evaluation"):
+            summary[name]["evaluation"] = result["evaluation"]
     summary["max_loss_difference"] = float(np.abs(np.subtract(flashmask, dense)).max())
     summary["steps"] = results["flashmask"]["steps"]
     summary["seq_len"] = results["flashmask"]["seq_len"]
     return summary
 
 
-def draw_losses(results: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_curves(results: dict[str, dict[str, Any]], key: str, label: str, title: str, path: Path) -> None:
+    """One value a step of one run or both."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     # The dense curve is wide and pale: the two lie on top of each other.
     for name, style in (("dense", {"lw": 5, "alpha": 0.4}), ("flashmask", {"lw": 1.5})):
-        losses = results[name]["losses"]
-        axes.plot(range(1, len(losses) + 1), losses, label=MASKS[name], **style)
-    axes.set(xlabel="step", ylabel="loss", title="Training loss, same batches and seed")
+        if name in results:
+            values = results[name][key]
+            axes.plot(range(1, len(values) + 1), values, label=MASKS[name], **style)
+    axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def draw_first_row(result: dict[str, Any], path: Path) -> None:
-    lengths, total = np.array(result["first_row_lengths"]), result["seq_len"]
+    total = result["seq_len"]
+    if "first_row_groups" in result:
+        groups = result["first_row_groups"]
+        title = f"A packed row: {len(groups)} prompts with their answers, {total} tokens"
+        plot_mask_and_blocks(*masks.share_question([groups], total), total, title=title, path=path)
+        return
+    lengths = np.array(result["first_row_lengths"])
     indices = np.zeros((1, 1, total, 1), dtype=np.int32)
     indices[0, 0, : lengths.sum(), 0] = np.repeat(np.cumsum(lengths), lengths)
     title = f"A packed row: {len(lengths)} samples, {total} tokens"
@@ -94,7 +113,13 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     row("peak memory, MiB", "peak_mib", ",.0f", f"{flashmask['peak_mib'] / dense['peak_mib']:.2f}x")
     row("  of it before training", "before_training_mib", ",.0f")
     row("final loss", "final_loss", ".4f")
+    for key, form in (("loss", ".4f"), ("margin", ".4f"), ("accuracy", ".1%")):
+        if "evaluation" in flashmask:
+            runs = [run["evaluation"] for run in (flashmask, dense)]
+            found = [" to ".join(format(run[time][key], form) for time in ("before", "after")) for run in runs]
+            table.add_row(f"evaluation {key}", *found, "")
     console = Console()
     console.print(table)
     console.print(f"Largest difference of the losses over all steps: {summary['max_loss_difference']:.2e}")
-    console.print(f"In {folder}: summary.json, loss.png, mask.png", highlight=False)
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    console.print(f"In {folder}: {', '.join(['summary.json', *pictures])}", highlight=False)
