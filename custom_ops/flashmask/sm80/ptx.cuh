@@ -131,11 +131,18 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t value, uint32_t amount) 
   return shifted;
 }
 
+// Vector additions came with sm_90 and CUDA 12.1.
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+#define FLASHMASK_VECTOR_ADD 1
+#else
+#define FLASHMASK_VECTOR_ADD 0
+#endif
+
 // Adds one accumulator fragment to global memory. The 128 floats of a 16x8 tile lie together; which lane owns which is
 // chosen so that every request covers whole sectors, so it differs between architectures: accumulator_offset is the
 // only code that knows.
 __device__ __forceinline__ int accumulator_offset(int lane, int element) {
-#if __CUDA_ARCH__ >= 900
+#if FLASHMASK_VECTOR_ADD
   return lane * 4 + element;
 #else
   return element * 32 + lane;
@@ -143,7 +150,7 @@ __device__ __forceinline__ int accumulator_offset(int lane, int element) {
 }
 
 __device__ __forceinline__ void add_accumulator(float* tile, int lane, const float (&c)[4]) {
-#if __CUDA_ARCH__ >= 900
+#if FLASHMASK_VECTOR_ADD
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(tile + lane * 4), "f"(c[0]), "f"(c[1]),
                "f"(c[2]), "f"(c[3])
                : "memory");
