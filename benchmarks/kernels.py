@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --device cpu
     python benchmarks/kernels.py --device cpu --masks causal,document --seqlens 2048 --rivals ours,sdpa
+    python benchmarks/kernels.py --device cuda --head-dims 128     # needs `make cuda-lib` and PyTorch
 
 Each rival runs in a process of its own. Results go to --out as JSON and to the terminal as a table.
 """
@@ -28,6 +29,12 @@ from rich.progress import track  # noqa: E402
 
 from benchmarks import measure, report, rivals  # noqa: E402
 from benchmarks.workloads import MASKS, Case  # noqa: E402
+
+# What --device implies where nothing else is said. On a GPU: the official benchmark's 131,072 tokens, 4,096 channels.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"seqlens": [4096], "head_dims": [128], "heads": 8, "batch": 1, "dtype": "float32", "sample": 3},
+    "cuda": {"seqlens": [8192, 32768, 131072], "head_dims": [64, 128, 256], "dtype": "bfloat16", "sample": 0},
+}
 
 
 class Worker:
@@ -71,20 +78,23 @@ def parse_arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    parser.add_argument("--device", choices=["cpu"], required=True)
+    parser.add_argument("--device", choices=list(DEFAULTS), required=True)
     parser.add_argument("--masks", type=names, default=list(MASKS), help="comma-separated; default: all twelve")
-    parser.add_argument("--seqlens", type=numbers, default=[4096])
-    parser.add_argument("--head-dims", type=numbers, default=[128])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--sample", type=int, default=3, help="document sample of the first row; 3 has six documents")
+    parser.add_argument("--seqlens", type=numbers)
+    parser.add_argument("--head-dims", type=numbers)
+    parser.add_argument("--heads", type=int, help="default: 8 (cpu), 4096 / head_dim (cuda)")
+    parser.add_argument("--batch", type=int, help="default: 1 (cpu), 131072 / seqlen (cuda)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--sample", type=int, help="document sample of the first row; 3 has six documents at 8K")
     parser.add_argument("--rivals", type=names, default=None)
     parser.add_argument("--slow-rivals", type=names, default=["paddle_dense"], help="run on --slow-masks only")
     parser.add_argument("--slow-masks", type=names, default=["causal", "causal_document"])
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each direction of a measurement")
     parser.add_argument("--out", type=Path, default=None, help="default: build/bench/DEVICE.json")
     arguments = parser.parse_args()
+    for name, value in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     for mask in arguments.masks:
         if mask not in MASKS:
             parser.error(f"--masks: {mask!r} is not one of {', '.join(MASKS)}")
@@ -108,10 +118,20 @@ def recorded_command() -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    machine = report.cpu_machine()
-    machine["numpy_sgemm_tflops"] = report.numpy_sgemm_tflops()
+    on_cpu = arguments.device == "cpu"
+    machine = report.cpu_machine() if on_cpu else report.cuda_machine()
+    if on_cpu:
+        machine["numpy_sgemm_tflops"] = report.numpy_sgemm_tflops()
     cases = [
-        Case(mask, seqlen, head_dim, arguments.heads, arguments.batch, arguments.dtype, arguments.sample)
+        Case(
+            mask,
+            seqlen,
+            head_dim,
+            arguments.heads or 4096 // head_dim,
+            arguments.batch or max(1, 131072 // seqlen),
+            arguments.dtype,
+            arguments.sample,
+        )
         for seqlen, head_dim, mask in itertools.product(arguments.seqlens, arguments.head_dims, arguments.masks)
     ]
     workers = {rival: Worker(arguments.device, rival) for rival in arguments.rivals}
@@ -140,8 +160,9 @@ def main() -> None:
     result = report.header(arguments.device, recorded_command(), machine)
     result |= {"not_measured": not_measured, "rows": rows}
     report.write(arguments.out, result)
-    report.show(rows, *(("GFLOP/s", 1e3) if arguments.device == "cpu" else ()))
-    print(f"NumPy's float32 matrix product in this run: {machine['numpy_sgemm_tflops'] * 1e3:.1f} GFLOP/s")
+    report.show(rows, *(("GFLOP/s", 1e3) if on_cpu else ()))
+    if on_cpu:
+        print(f"NumPy's float32 matrix product in this run: {machine['numpy_sgemm_tflops'] * 1e3:.1f} GFLOP/s")
     for entry in not_measured:
         if not entry["reason"].startswith(("takes no mask", "no mask to hold")):
             print(f"not measured: {entry['rival']} on {entry['mask']}: {entry['reason']}")

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ def row(case: Case, rival: str, answer: dict[str, Any]) -> dict[str, Any]:
         "unmasked_area": round(area, 4),
         "unskipped_tiles_128": round(tiles, 4),
         "runs": answer["runs"],
+        **({"peak_mib": answer["peak_mib"]} if "peak_mib" in answer else {}),
     }
 
 
@@ -57,7 +59,10 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FLASHMASK_COMMIT", "unknown")  # a copy of the tree without its history
 
 
 def cpu_machine() -> dict[str, Any]:
@@ -72,6 +77,14 @@ def cpu_machine() -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "os": platform.platform(),
     }
+
+
+def cuda_machine() -> dict[str, Any]:
+    if shutil.which("nvidia-smi") is None:
+        raise SystemExit("--device cuda: there is no nvidia-smi here, and so no NVIDIA GPU")
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    return {"gpu": name, "driver": driver}
 
 
 def numpy_sgemm_tflops(size: int = 2048, repeats: int = 5) -> float:

@@ -81,6 +81,13 @@ def _samples(seqlen: int) -> list[dict[str, Any]]:
     return scaled
 
 
+def documents(case: Case) -> list[list[int]]:
+    """Document lengths of each row of the batch."""
+    samples = _samples(case.seqlen)
+    rows = [samples[(case.first_sample + i) % len(samples)] for i in range(case.batch)]
+    return [[length for _, length in row["documents"]] for row in rows]
+
+
 @functools.cache
 def _indices(mask: str, seqlen: int, batch: int, first_sample: int) -> tuple[npt.NDArray[np.int32] | None, bool]:
     samples = _samples(seqlen)

@@ -5,24 +5,24 @@ A rival is a class with `name`, `dtypes`, and
     prepare(case)                   inputs, mask, compilation: outside the timed region
     forward(), backward()           the timed calls; backward uses the last forward
     poison()                        overwrite outputs with NaN, so that a value not written shows
-    results() -> dict               out, dq, dk, dv as float32 NumPy [batch, seqlen, heads, head_dim]
+    results() -> dict               out, dq, dk, dv [batch, seqlen, heads, head_dim]: NumPy float32, or device tensors
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
-
-import numpy as np
 
 from benchmarks.workloads import Case
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # NumPy arrays, or PyTorch tensors on a device
 
 
 class Rival:
     name: str
     dtypes: tuple[str, ...] = ("float32",)
     has_backward: bool = True
+    on_cuda: bool = False
 
     def supports(self, case: Case) -> str | None:
         return None if case.dtype in self.dtypes else f"no {case.dtype}"
@@ -46,18 +46,14 @@ class Rival:
         return {}
 
 
+def _rivals(device: str) -> dict[str, type[Rival]]:
+    return importlib.import_module(f"benchmarks.rivals.{device}").RIVALS
+
+
 def load(device: str, name: str) -> Rival:
     """The rival called `name`; ImportError where what it needs is not installed."""
-    if device == "cpu":
-        from benchmarks.rivals import cpu
-
-        return cpu.RIVALS[name]()
-    raise ValueError(f"device: no rivals for {device!r}")
+    return _rivals(device)[name]()
 
 
 def names(device: str) -> list[str]:
-    if device == "cpu":
-        from benchmarks.rivals import cpu
-
-        return list(cpu.RIVALS)
-    raise ValueError(f"device: no rivals for {device!r}")
+    return list(_rivals(device))
