@@ -1,4 +1,4 @@
-"""What storing a prompt once for all its answers saves: tokens and seconds of a reward model's training step on the CPU.
+"""What storing a prompt once for all its answers saves: tokens and seconds of a reward model's training step (CPU).
 
     python benchmarks/shared_prompt.py --json results.json
 
