@@ -60,7 +60,7 @@ def sample(results: dict[str, Any]) -> dict[str, list[float]]:
     sampled = {}
     for name, array in results.items():
         chosen = np.unravel_index(picks.integers(0, math.prod(array.shape), SAMPLED_VALUES), tuple(array.shape))
-        values = array[chosen].tolist()
+        values = array[chosen]
         sampled[name] = (
             (values if isinstance(values, np.ndarray) else values.float().cpu().numpy()).astype(float).tolist()
         )
