@@ -233,3 +233,14 @@ def test_fuzz(seed: int) -> None:
         block_mask=bool(rng.random() < 0.2),
         options=options,
     ).run()
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_nan_in_a_visible_key_reaches_the_output(d: int) -> None:
+    """Hiding it would hide a diverged model; spreading it to rows that do not see the key would be a leak."""
+    q, k, v = (torch.randn(1, 300, 2, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k[0, 5] = float("nan")
+    out, lse = Call(q, k, v, causal=True).forward()
+    assert torch.isfinite(out[:, :5]).all()
+    assert torch.isnan(out[:, 5:]).all()
+    assert torch.isnan(lse[:, :, 5:]).all()

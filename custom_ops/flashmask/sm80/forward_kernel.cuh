@@ -303,10 +303,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
     float sum = row_sum[r];
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    // Compared with zero, not for being above it: a NaN must reach the output, or a diverged model goes unnoticed.
+    float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     const int row = warp_row + (r / 2) * 16 + (r % 2) * 8 + lane / 4;
     if (op.lse != nullptr && lane % 4 == 0 && row < rows_valid) {
-      const float lse = sum > 0.0f ? (row_max[r] * p.scale_log2 + __log2f(sum)) * CUDART_LN2_F : -CUDART_INF_F;
+      const float lse = sum == 0.0f ? -CUDART_INF_F : (row_max[r] * p.scale_log2 + __log2f(sum)) * CUDART_LN2_F;
       op.lse[static_cast<int64_t>(batch_head) * op.seqlen_q + row_begin + row] = lse;
     }
     if constexpr (kDropout) inverse *= p.keep_scale;
