@@ -51,26 +51,31 @@ def measure(model: Any, dataset: flashmask_nlp.PreferenceDataset, repeats: int) 
         {key: paddle.to_tensor(value) for key, value in collator([dataset[index]]).items()}
         for index in range(len(dataset))
     ]
+
+    def step(batch: dict[str, paddle.Tensor]) -> None:
+        inputs = {key: value for key, value in batch.items() if key != "response_sort"}
+        places = batch["response_indexs"]
+        flashmask_nlp.pairwise_loss(model(**inputs), places[:, 2], batch["response_sort"]).backward()
+
+    step(batches[0])  # warms up
     seconds = []
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(repeats):
         start = time.perf_counter()
         for batch in batches:
-            inputs = {key: value for key, value in batch.items() if key != "response_sort"}
-            places = batch["response_indexs"]
-            flashmask_nlp.pairwise_loss(model(**inputs), places[:, 2], batch["response_sort"]).backward()
-        model.clear_gradients()
+            step(batch)
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        model.clear_gradients()
+    return min(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, nargs="+", default=[2, 4, 8], help="answers a prompt")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, on average")
-    parser.add_argument("--answer", type=int, default=192, help="tokens of an answer, on average")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts in all")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt, on average")
+    parser.add_argument("--answer", type=int, default=96, help="tokens of an answer, on average")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts in all")
     parser.add_argument("--row", type=int, default=4096, help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
 
@@ -80,7 +85,7 @@ def main() -> None:
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=672,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=arguments.row,
