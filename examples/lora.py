@@ -6,7 +6,7 @@
 Arguments are PaddleNLP's (ModelConfig with --lora_rank and --lora_path, DataConfig, SFTConfig) and the few below; a
 JSON file may hold them, and what follows it on the command line wins. Without a model, examples/sft.py first trains a
 small one, all of its weights, on one half of the docstrings of Python's standard library; the adapters then learn the
-other half. Nothing is downloaded. --resume_from_checkpoint out/checkpoint-20 goes on where that run stopped.
+other half. Nothing is downloaded. --resume_from_checkpoint out/checkpoint-15 goes on where that run stopped.
 """
 
 import quiet  # noqa: F401
@@ -35,7 +35,7 @@ import paddle_flashmask.paddlenlp as flashmask_nlp
 
 @dataclass
 class LoraArguments(ExampleArguments):
-    base_steps: int = field(default=40, metadata={"help": "Steps that train the base, without a model."})
+    base_steps: int = field(default=30, metadata={"help": "Steps that train the base, without a model."})
     base_learning_rate: float = field(default=1e-3, metadata={"help": "Of those steps."})
     eval_every: int = field(default=20, metadata={"help": "Every so many-th sample is kept for evaluation."})
 
