@@ -27,7 +27,7 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
-.PHONY: venv build demo test test-asan lint format bench-cpu test-paddle clean
+.PHONY: venv build demo test test-asan test-paddle cuda-lib lint format bench-cpu clean
 venv: $(VENV)/.installed  ## make .venv with the pinned versions
 
 build: $(VENV)/.built  ## build the op and install the package into .venv (editable)
@@ -47,6 +47,12 @@ test-asan: build  ## run the core's tests under AddressSanitizer and UndefinedBe
 
 test-paddle: venv  ## build and test against another Paddle: make test-paddle VERSION=2.6.2
 	$(PY) tools/test_paddle.py $(VERSION)
+
+# The core with CUDA kernels and no Paddle. FLASHMASK_CUDA_ARCHS, FLASHMASK_HEAD_DIMS and FLASHMASK_CUDA_DTYPES narrow it.
+cuda-lib: venv  ## build build/cuda/libflashmask.so with the CUDA kernels (needs nvcc)
+	@command -v nvcc >/dev/null || { echo 'cuda-lib: there is no nvcc on the PATH'; exit 1; }
+	$(VENV)/bin/cmake -S custom_ops -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DFLASHMASK_CUDA=ON
+	$(VENV)/bin/cmake --build build/cuda
 
 LINTED_CXX = $(shell git ls-files 'custom_ops/*.h' 'custom_ops/*.cc' 'custom_ops/*.cu' 'custom_ops/*.cuh')
 
