@@ -27,13 +27,18 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
-.PHONY: venv build demo test test-asan test-paddle cuda-lib lint format bench-cpu clean
+.PHONY: venv build demo examples test test-asan test-paddle test-paddleformers cuda-lib lint format bench-cpu clean
 venv: $(VENV)/.installed  ## make .venv with the pinned versions
 
 build: $(VENV)/.built  ## build the op and install the package into .venv (editable)
 
 demo: build  ## fine-tune a small Llama with FlashMask and with a dense mask, and compare
 	$(PY) examples/sft.py examples/config/sft-tiny-cpu.json
+
+EXAMPLES := sft lora dpo reward
+
+examples: build  ## run all four training examples on a tiny model (about three minutes each)
+	set -e; for name in $(EXAMPLES); do $(PY) examples/$$name.py examples/config/$$name-tiny-cpu.json; done
 
 test: build  ## run the whole test suite
 	$(PY) -m pytest tests
@@ -47,6 +52,9 @@ test-asan: build  ## run the core's tests under AddressSanitizer and UndefinedBe
 
 test-paddle: venv  ## build and test against another Paddle: make test-paddle VERSION=2.6.2
 	$(PY) tools/test_paddle.py $(VERSION)
+
+test-paddleformers: venv  ## try the PaddleFormers integration in an environment of its own
+	$(PY) tools/test_paddleformers.py
 
 # The core with CUDA kernels and no Paddle. FLASHMASK_CUDA_ARCHS, FLASHMASK_HEAD_DIMS and FLASHMASK_CUDA_DTYPES narrow it.
 cuda-lib: venv  ## build build/cuda/libflashmask.so with the CUDA kernels (needs nvcc)
