@@ -151,7 +151,7 @@ def main() -> None:
     before = trainer.evaluate()["eval_loss"] if eval_dataset else None
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    if training_args.save_strategy != "no":
+    if training_args.save_strategy.value != "no":
         trainer.save_model()  # the adapters: give the folder to --lora_path, or merge them with LoRAModel.merge()
     report(
         folder, {**watch.result(), "eval_loss_before": before, "eval_loss": after, "trained_weights": trained}, dataset

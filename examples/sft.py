@@ -148,7 +148,7 @@ def main() -> None:
         callbacks=[watch, *checks],
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if training_args.save_strategy != "no":
+    if training_args.save_strategy.value != "no":
         trainer.save_model()
     result = {**watch.result(), "first_row_lengths": dataset[0]["lengths"].tolist(), "fill": stats.fill}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

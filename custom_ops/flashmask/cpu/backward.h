@@ -9,6 +9,7 @@
 
 #include "dropout.h"
 #include "gemm.h"
+#include "scratch.h"
 #include "storage.h"
 #include "tile_mask.h"
 
@@ -23,25 +24,20 @@ struct BackwardScratch {
     ld_columns = padded_row(kBackwardTileColumns);
     ld_qk = padded_row(p.head_dim);
     ld_v = padded_row(p.head_dim_v);
-    int64_t used = 0;
-    const auto take = [&](int64_t count) {
-      float* part = base == nullptr ? nullptr : base + used;
-      used += (count + 15) / 16 * 16;
-      return part;
-    };
-    q = take((int64_t)kBackwardTileRows * ld_qk);
-    dout = take((int64_t)kBackwardTileRows * ld_v);
-    dq = take((int64_t)kBackwardTileRows * ld_qk);
-    k = take((int64_t)kBackwardTileColumns * ld_qk);
-    v = take((int64_t)kBackwardTileColumns * ld_v);
-    k_transposed = take((int64_t)p.head_dim * ld_columns);
-    v_transposed = take((int64_t)p.head_dim_v * ld_columns);
-    dk = take((int64_t)kBackwardTileColumns * ld_qk);
-    dv = take((int64_t)kBackwardTileColumns * ld_v);
-    probabilities = take((int64_t)kBackwardTileRows * ld_columns);
-    dscores = take((int64_t)kBackwardTileRows * ld_columns);
-    keep = take(p.dropout > 0.0f ? (int64_t)kBackwardTileRows * ld_columns : 0);
-    return used;
+    ScratchCutter cut{base};
+    q = cut.take((int64_t)kBackwardTileRows * ld_qk);
+    dout = cut.take((int64_t)kBackwardTileRows * ld_v);
+    dq = cut.take((int64_t)kBackwardTileRows * ld_qk);
+    k = cut.take((int64_t)kBackwardTileColumns * ld_qk);
+    v = cut.take((int64_t)kBackwardTileColumns * ld_v);
+    k_transposed = cut.take((int64_t)p.head_dim * ld_columns);
+    v_transposed = cut.take((int64_t)p.head_dim_v * ld_columns);
+    dk = cut.take((int64_t)kBackwardTileColumns * ld_qk);
+    dv = cut.take((int64_t)kBackwardTileColumns * ld_v);
+    probabilities = cut.take((int64_t)kBackwardTileRows * ld_columns);
+    dscores = cut.take((int64_t)kBackwardTileRows * ld_columns);
+    keep = cut.take(p.dropout > 0.0f ? (int64_t)kBackwardTileRows * ld_columns : 0);
+    return cut.used;
   }
 };
 
@@ -238,38 +234,20 @@ static void backward_finish_typed(const CpuPlan& plan, const BackwardBuffers& bu
 }
 
 static void backward_prepare(const CpuPlan& plan, const BackwardBuffers& buffers, WorkQueue& queue) {
-  switch (plan.params.dtype) {
-    case FLASHMASK_BFLOAT16:
-      return backward_prepare_typed<BFloat16>(plan, buffers, queue);
-    case FLASHMASK_FLOAT16:
-      return backward_prepare_typed<Float16>(plan, buffers, queue);
-    default:
-      return backward_prepare_typed<float>(plan, buffers, queue);
-  }
+  with_storage_type(plan.params.dtype,
+                    [&](auto type) { backward_prepare_typed<decltype(type)>(plan, buffers, queue); });
 }
 
 static void backward(const CpuPlan& plan, const BackwardBuffers& buffers, OrderedQueue& queue, int thread,
                      float* scratch) {
-  switch (plan.params.dtype) {
-    case FLASHMASK_BFLOAT16:
-      return backward_typed<BFloat16>(plan, buffers, queue, thread, scratch);
-    case FLASHMASK_FLOAT16:
-      return backward_typed<Float16>(plan, buffers, queue, thread, scratch);
-    default:
-      return backward_typed<float>(plan, buffers, queue, thread, scratch);
-  }
+  with_storage_type(plan.params.dtype,
+                    [&](auto type) { backward_typed<decltype(type)>(plan, buffers, queue, thread, scratch); });
 }
 
 // Only 16-bit types have a separate sum to convert.
 static void backward_finish(const CpuPlan& plan, const BackwardBuffers& buffers, WorkQueue& queue) {
-  switch (plan.params.dtype) {
-    case FLASHMASK_BFLOAT16:
-      return backward_finish_typed<BFloat16>(plan, buffers, queue);
-    case FLASHMASK_FLOAT16:
-      return backward_finish_typed<Float16>(plan, buffers, queue);
-    default:
-      return;
-  }
+  if (buffers.dq_float == nullptr) return;
+  with_storage_type(plan.params.dtype, [&](auto type) { backward_finish_typed<decltype(type)>(plan, buffers, queue); });
 }
 
 static int64_t backward_scratch_floats(const FlashmaskParams& p) {

@@ -7,6 +7,7 @@
 
 #include "dropout.h"
 #include "gemm.h"
+#include "scratch.h"
 #include "storage.h"
 #include "tile_mask.h"
 
@@ -22,23 +23,18 @@ struct ForwardScratch {
     ld_rows = padded_row(kForwardTileRows);
     ld_qk = padded_row(p.head_dim);
     ld_v = padded_row(p.head_dim_v);
-    int64_t used = 0;
-    const auto take = [&](int64_t count) {
-      float* part = base == nullptr ? nullptr : base + used;
-      used += (count + 15) / 16 * 16;
-      return part;
-    };
-    q = take((int64_t)kForwardTileRows * ld_qk);
-    q_transposed = take((int64_t)p.head_dim * ld_rows);
-    k = take((int64_t)kForwardTileColumns * ld_qk);
-    v = take((int64_t)kForwardTileColumns * ld_v);
-    scores = take((int64_t)kForwardTileColumns * ld_rows);
-    keep = take(p.dropout > 0.0f ? (int64_t)kForwardTileColumns * ld_rows : 0);
-    out = take((int64_t)kForwardTileRows * ld_v);
-    row_max = take(kForwardTileRows);
-    row_sum = take(kForwardTileRows);
-    rescale = take(kForwardTileRows);
-    return used;
+    ScratchCutter cut{base};
+    q = cut.take((int64_t)kForwardTileRows * ld_qk);
+    q_transposed = cut.take((int64_t)p.head_dim * ld_rows);
+    k = cut.take((int64_t)kForwardTileColumns * ld_qk);
+    v = cut.take((int64_t)kForwardTileColumns * ld_v);
+    scores = cut.take((int64_t)kForwardTileColumns * ld_rows);
+    keep = cut.take(p.dropout > 0.0f ? (int64_t)kForwardTileColumns * ld_rows : 0);
+    out = cut.take((int64_t)kForwardTileRows * ld_v);
+    row_max = cut.take(kForwardTileRows);
+    row_sum = cut.take(kForwardTileRows);
+    rescale = cut.take(kForwardTileRows);
+    return cut.used;
   }
 };
 
@@ -189,14 +185,7 @@ static void forward_typed(const CpuPlan& plan, WorkQueue& queue, float* scratch)
 }
 
 static void forward(const CpuPlan& plan, WorkQueue& queue, float* scratch) {
-  switch (plan.params.dtype) {
-    case FLASHMASK_BFLOAT16:
-      return forward_typed<BFloat16>(plan, queue, scratch);
-    case FLASHMASK_FLOAT16:
-      return forward_typed<Float16>(plan, queue, scratch);
-    default:
-      return forward_typed<float>(plan, queue, scratch);
-  }
+  with_storage_type(plan.params.dtype, [&](auto type) { forward_typed<decltype(type)>(plan, queue, scratch); });
 }
 
 static int64_t forward_scratch_floats(const FlashmaskParams& p) {

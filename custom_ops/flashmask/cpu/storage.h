@@ -57,6 +57,19 @@ FLASHMASK_INLINE void from_float(float value, Float16* target) {
   target->bits = (uint16_t)((bits >> 16 & 0x8000u) | (magnitude >= 0x477FF000u ? special : finite));
 }
 
+// Calls `function` with a value of the storage type that `dtype` stands for; only its type matters.
+template <typename Function>
+FLASHMASK_INLINE void with_storage_type(int32_t dtype, const Function& function) {
+  switch (dtype) {
+    case FLASHMASK_BFLOAT16:
+      return function(BFloat16{});
+    case FLASHMASK_FLOAT16:
+      return function(Float16{});
+    default:
+      return function(float{});
+  }
+}
+
 template <typename T>
 FLASHMASK_INLINE T* row_pointer(const FlashmaskTensor& tensor, int64_t batch, int64_t row, int64_t head) {
   return static_cast<T*>(tensor.data) + batch * tensor.batch_stride + row * tensor.seq_stride +
