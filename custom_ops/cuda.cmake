@@ -2,7 +2,7 @@
 #
 # Narrow a build with cmake options or environment variables of the same name (semicolon- or comma-separated lists):
 #   FLASHMASK_CUDA_ARCHS   80;90 by default: machine code for Ampere, Ada (which runs sm_80's) and Hopper, and PTX of
-#                          the last for anything newer
+#                          the last for anything newer. 90 brings Hopper's own kernels (sm_90a) too
 #   FLASHMASK_HEAD_DIMS    32;64;96;128;192;256 by default; other head dims are padded to the next one built
 #   FLASHMASK_CUDA_DTYPES  bf16;fp16 by default
 # -DFLASHMASK_CUDA_RESOURCES=ON prints registers, spills and shared memory of every kernel.
@@ -30,32 +30,63 @@ endforeach()
 list(GET FLASHMASK_CUDA_ARCHS -1 newest)
 list(APPEND flashmask_architectures ${newest}-virtual)
 
-# One small translation unit per head dim x dtype x direction, so that builds run in parallel.
+# wgmma and TMA need a toolkit of 12.3 or newer; the portable kernels serve Hopper too where it is older.
+set(flashmask_has_sm90 OFF)
+if("90" IN_LIST FLASHMASK_CUDA_ARCHS)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.3)
+    set(flashmask_has_sm90 ON)
+  else()
+    message(STATUS "flashmask: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.3: Hopper gets the portable kernels")
+  endif()
+endif()
+
+# One small translation unit per architecture x head dim x dtype x direction, so that builds run in parallel.
 set(flashmask_generated ${CMAKE_CURRENT_BINARY_DIR}/cuda_instances)
 set(flashmask_table "")
-set(flashmask_instances)
 list(SORT FLASHMASK_HEAD_DIMS COMPARE NATURAL)
 foreach(HEAD_DIM IN LISTS FLASHMASK_HEAD_DIMS)
   if(NOT HEAD_DIM MATCHES "^(32|64|96|128|192|256)$")
     message(FATAL_ERROR "FLASHMASK_HEAD_DIMS: expected some of 32;64;96;128;192;256, got '${HEAD_DIM}'")
   endif()
-  foreach(dtype IN LISTS FLASHMASK_CUDA_DTYPES)
-    if(dtype STREQUAL "bf16")
-      set(TYPE __nv_bfloat16)
-      set(enumerator FLASHMASK_BFLOAT16)
-    elseif(dtype STREQUAL "fp16")
-      set(TYPE __half)
-      set(enumerator FLASHMASK_FLOAT16)
-    else()
-      message(FATAL_ERROR "FLASHMASK_CUDA_DTYPES: expected some of bf16;fp16, got '${dtype}'")
+endforeach()
+
+# Writes the instances of one folder for the named head dims of one direction (those that are wanted at all), appends them
+# to `sources` and to the table of kernels.
+function(flashmask_instantiate ARCH min_capability max_capability DIRECTION sources)
+  string(TOUPPER ${DIRECTION} macro)
+  foreach(HEAD_DIM IN LISTS ARGN)
+    if(NOT HEAD_DIM IN_LIST FLASHMASK_HEAD_DIMS)
+      continue()
     endif()
-    string(APPEND flashmask_table "FLASHMASK_SM80_KERNELS(${enumerator}, ${TYPE}, ${HEAD_DIM})\n")
-    foreach(DIRECTION IN ITEMS forward backward)
-      set(source ${flashmask_generated}/sm80_${DIRECTION}_${HEAD_DIM}_${dtype}.cu)
-      configure_file(${CMAKE_CURRENT_SOURCE_DIR}/flashmask/sm80/instance.cu.in ${source} @ONLY)
-      list(APPEND flashmask_instances ${source})
+    foreach(dtype IN LISTS FLASHMASK_CUDA_DTYPES)
+      if(dtype STREQUAL "bf16")
+        set(TYPE __nv_bfloat16)
+        set(enumerator FLASHMASK_BFLOAT16)
+      elseif(dtype STREQUAL "fp16")
+        set(TYPE __half)
+        set(enumerator FLASHMASK_FLOAT16)
+      else()
+        message(FATAL_ERROR "FLASHMASK_CUDA_DTYPES: expected some of bf16;fp16, got '${dtype}'")
+      endif()
+      string(APPEND flashmask_table
+        "FLASHMASK_${macro}(${ARCH}, ${min_capability}, ${max_capability}, ${enumerator}, ${TYPE}, ${HEAD_DIM})\n")
+      set(source ${flashmask_generated}/${ARCH}_${DIRECTION}_${HEAD_DIM}_${dtype}.cu)
+      configure_file(${CMAKE_CURRENT_SOURCE_DIR}/flashmask/cuda/instance.cu.in ${source} @ONLY)
+      list(APPEND ${sources} ${source})
     endforeach()
   endforeach()
+  set(${sources} "${${sources}}" PARENT_SCOPE)
+  set(flashmask_table "${flashmask_table}" PARENT_SCOPE)
+endfunction()
+
+set(flashmask_sm90_instances)
+if(flashmask_has_sm90)
+  flashmask_instantiate(sm90 90 90 forward flashmask_sm90_instances)
+  flashmask_instantiate(sm90 90 90 backward flashmask_sm90_instances)
+endif()
+set(flashmask_instances)
+foreach(direction IN ITEMS forward backward)
+  flashmask_instantiate(sm80 80 9999 ${direction} flashmask_instances 32 64 96 128 192 256)
 endforeach()
 file(CONFIGURE OUTPUT ${flashmask_generated}/built_kernels.inc CONTENT "${flashmask_table}" @ONLY)
 
@@ -64,14 +95,26 @@ target_sources(flashmask PRIVATE
   ${CMAKE_CURRENT_SOURCE_DIR}/flashmask/cuda/kernel_table.cu
   ${CMAKE_CURRENT_SOURCE_DIR}/flashmask/cuda/tile_lists.cu
   ${flashmask_instances})
+if(flashmask_sm90_instances)
+  # Machine code that only Hopper runs (sm_90a), and only for these sources.
+  add_library(flashmask_sm90 OBJECT ${flashmask_sm90_instances})
+  target_include_directories(flashmask_sm90 PRIVATE flashmask ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  set_target_properties(flashmask_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  target_sources(flashmask PRIVATE $<TARGET_OBJECTS:flashmask_sm90>)
+endif()
 target_include_directories(flashmask PRIVATE ${flashmask_generated})
 target_compile_definitions(flashmask PRIVATE FLASHMASK_WITH_CUDA)
-if(FLASHMASK_CUDA_RESOURCES)
-  target_compile_options(flashmask PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
-endif()
-set_target_properties(flashmask PROPERTIES
-  CUDA_ARCHITECTURES "${flashmask_architectures}"
-  CUDA_STANDARD 17
-  CUDA_STANDARD_REQUIRED ON
-  CUDA_VISIBILITY_PRESET hidden
-  CUDA_RUNTIME_LIBRARY Static)
+set_target_properties(flashmask PROPERTIES CUDA_ARCHITECTURES "${flashmask_architectures}")
+foreach(target IN ITEMS flashmask flashmask_sm90)
+  if(NOT TARGET ${target})
+    continue()
+  endif()
+  if(FLASHMASK_CUDA_RESOURCES)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+  endif()
+  set_target_properties(${target} PROPERTIES
+    CUDA_STANDARD 17
+    CUDA_STANDARD_REQUIRED ON
+    CUDA_VISIBILITY_PRESET hidden
+    CUDA_RUNTIME_LIBRARY Static)
+endforeach()

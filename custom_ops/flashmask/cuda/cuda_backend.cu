@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 #include <string>
@@ -26,15 +27,25 @@ std::string dtype_name(int32_t dtype) {
   return dtype == FLASHMASK_FLOAT32 ? "float32" : dtype == FLASHMASK_BFLOAT16 ? "bfloat16" : "float16";
 }
 
-bool fits(const KernelSet& set, const FlashmaskParams& op) {
-  return set.dtype == op.dtype && std::max(op.head_dim, op.head_dim_v) <= set.head_dim;
+bool fits(const Kernel& kernel, Direction direction, const FlashmaskParams& op) {
+  return kernel.direction == direction && kernel.dtype == op.dtype &&
+         std::max(op.head_dim, op.head_dim_v) <= kernel.head_dim;
 }
 
-// The sets are ordered by architecture, then head dim: the first fit wastes least.
-const KernelSet* find_kernels(const FlashmaskParams& op, int capability) {
-  for (int i = 0; i < kKernelSetCount; ++i) {
-    const KernelSet& set = kKernelSets[i];
-    if (fits(set, op) && capability >= set.min_capability && capability <= set.max_capability) return &set;
+// For comparing architectures' kernels on one device: only those of the folder that it names are used.
+bool is_allowed(const Kernel& kernel) {
+  const char* forced = getenv("FLASHMASK_FORCE_ARCH");
+  return forced == nullptr || *forced == 0 || strcmp(forced, kernel.arch) == 0;
+}
+
+// The kernels are ordered by architecture, then head dim: the first fit wastes least.
+const Kernel* find_kernel(Direction direction, const FlashmaskParams& op, int capability) {
+  for (int i = 0; i < kKernelCount; ++i) {
+    const Kernel& kernel = kKernels[i];
+    if (fits(kernel, direction, op) && capability >= kernel.min_capability && capability <= kernel.max_capability &&
+        is_allowed(kernel) && kernel.takes(op)) {
+      return &kernel;
+    }
   }
   return nullptr;
 }
@@ -44,11 +55,16 @@ std::string missing_kernels(const FlashmaskParams& op) {
     return "dtype: the CUDA kernels take bfloat16 and float16, got float32";
   }
   std::string dims;
-  for (int i = 0; i < kKernelSetCount; ++i) {
-    const std::string dim = std::to_string(kKernelSets[i].head_dim);
-    if (kKernelSets[i].dtype == op.dtype && (" " + dims + " ").find(" " + dim + " ") == std::string::npos) {
+  for (int i = 0; i < kKernelCount; ++i) {
+    const std::string dim = std::to_string(kKernels[i].head_dim);
+    if (kKernels[i].dtype == op.dtype && (" " + dims + " ").find(" " + dim + " ") == std::string::npos) {
       dims += (dims.empty() ? "" : " ") + dim;
     }
+  }
+  const char* forced = getenv("FLASHMASK_FORCE_ARCH");
+  if (forced != nullptr && *forced != 0) {
+    return std::string("FLASHMASK_FORCE_ARCH: this library has no kernel of '") + forced +
+           "' for this device, dtype, head dim and these options";
   }
   if (dims.empty()) return "dtype: this library was built without " + dtype_name(op.dtype) + " CUDA kernels";
   return "head_dim: this library was built with " + dtype_name(op.dtype) + " kernels for head dims up to those of {" +
@@ -94,6 +110,7 @@ TileWord* take_list(Workspace* workspace, const FlashmaskParams& op, int64_t til
 int64_t plan_forward(const TileShape& shape, void* workspace_base, KernelParams* p) {
   Workspace workspace(workspace_base);
   set_shape(shape, p);
+  p->work_counter = workspace.take<int32_t>(1);
   if (needs_lists(p->op)) {
     p->lists.by_row = take_list(&workspace, p->op, p->lists.row_tiles, p->lists.column_words);
   }
@@ -119,18 +136,20 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   return workspace.bytes();
 }
 
-// Which set and shape a device takes is not known here: the largest need of all.
-int64_t workspace_bytes(const FlashmaskParams& op, bool backward) {
+// Which kernel and shape a device takes is not known here: the largest need of all.
+int64_t workspace_bytes(Direction direction, const FlashmaskParams& op) {
   int64_t bytes = 0;
-  for (int i = 0; i < kKernelSetCount; ++i) {
-    const KernelSet& set = kKernelSets[i];
-    if (find_kernels(op, set.min_capability) != &set) continue;  // a better fit is always taken
+  const char* previous_arch = "";
+  for (int i = 0; i < kKernelCount; ++i) {
+    const Kernel& kernel = kKernels[i];
+    if (!fits(kernel, direction, op) || strcmp(kernel.arch, previous_arch) == 0) continue;
+    previous_arch = kernel.arch;  // its larger head dims are never taken
     for (const int shared : {kSmallShared, kLargestShared}) {
-      const TileShape shape = backward ? set.backward_shape(shared) : set.forward_shape(shared);
       KernelParams p{};
       p.op = op;
-      const int64_t need =
-          backward ? plan_backward(shape, set.head_dim, nullptr, &p) : plan_forward(shape, nullptr, &p);
+      const int64_t need = direction == Direction::kBackward
+                               ? plan_backward(kernel.shape(shared), kernel.head_dim, nullptr, &p)
+                               : plan_forward(kernel.shape(shared), nullptr, &p);
       bytes = std::max(bytes, need);
     }
   }
@@ -234,8 +253,12 @@ FlashmaskStatus check_workspace(const FlashmaskParams& op, int64_t needed, std::
 
 }  // namespace
 
-int64_t cuda_forward_workspace_bytes(const FlashmaskParams& params) { return workspace_bytes(params, false); }
-int64_t cuda_backward_workspace_bytes(const FlashmaskParams& params) { return workspace_bytes(params, true); }
+int64_t cuda_forward_workspace_bytes(const FlashmaskParams& params) {
+  return workspace_bytes(Direction::kForward, params);
+}
+int64_t cuda_backward_workspace_bytes(const FlashmaskParams& params) {
+  return workspace_bytes(Direction::kBackward, params);
+}
 
 FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   const NamedTensor tensors[] = {{"q", &op.q, op.seqlen_q, op.heads_q},
@@ -247,13 +270,13 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   Device device;
   status = ask_device(&device, error);
   if (status != FLASHMASK_OK) return status;
-  const KernelSet* set = find_kernels(op, device.capability);
-  if (set == nullptr) {
+  const Kernel* kernel = find_kernel(Direction::kForward, op, device.capability);
+  if (kernel == nullptr) {
     *error = missing_kernels(op);
     return FLASHMASK_NOT_BUILT;
   }
   KernelParams p = common_params(op);
-  status = check_workspace(op, plan_forward(set->forward_shape(device.shared_limit), op.workspace, &p), error);
+  status = check_workspace(op, plan_forward(kernel->shape(device.shared_limit), op.workspace, &p), error);
   if (status != FLASHMASK_OK) return status;
   if (op.batch == 0 || op.heads_q == 0 || op.seqlen_q == 0) return FLASHMASK_OK;
 
@@ -262,7 +285,7 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
                                     static_cast<int64_t>(op.batch) * op.heads_q, group);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_row != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
-  FLASHMASK_CUDA_CHECK(set->forward(p, device.shared_limit, stream), "forward kernel");
+  FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "forward kernel");
   return FLASHMASK_OK;
 }
 
@@ -276,23 +299,23 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   Device device;
   status = ask_device(&device, error);
   if (status != FLASHMASK_OK) return status;
-  const KernelSet* set = find_kernels(op, device.capability);
-  if (set == nullptr) {
+  const Kernel* kernel = find_kernel(Direction::kBackward, op, device.capability);
+  if (kernel == nullptr) {
     *error = missing_kernels(op);
     return FLASHMASK_NOT_BUILT;
   }
   KernelParams p = common_params(op);
-  const TileShape shape = set->backward_shape(device.shared_limit);
-  status = check_workspace(op, plan_backward(shape, set->head_dim, op.workspace, &p), error);
+  const TileShape shape = kernel->shape(device.shared_limit);
+  status = check_workspace(op, plan_backward(shape, kernel->head_dim, op.workspace, &p), error);
   if (status != FLASHMASK_OK) return status;
   if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;
 
-  const int64_t bytes_per_row = (op.head_dim + op.head_dim_v) * 2 + set->head_dim * 4;
+  const int64_t bytes_per_row = (op.head_dim + op.head_dim_v) * 2 + kernel->head_dim * 4;
   p.schedule_heads = heads_in_cache(static_cast<int64_t>(op.seqlen_q) * (op.heads_q / op.heads_k) * bytes_per_row,
                                     static_cast<int64_t>(op.batch) * op.heads_k, 1);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_column != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
-  FLASHMASK_CUDA_CHECK(set->backward(p, device.shared_limit, stream), "backward kernels");
+  FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "backward kernels");
   return FLASHMASK_OK;
 }
 

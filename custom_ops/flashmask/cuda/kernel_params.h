@@ -39,11 +39,13 @@ struct KernelParams {
 
   int32_t schedule_heads;  // heads handed out together, so that their keys and values stay in the L2 cache
 
+  int32_t* work_counter;  // forward, persistent kernels: how many pieces of work were handed out
+
   // Backward only. Rows are padded to whole tiles.
   int32_t padded_rows;
   float* query_lse;       // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;     // [batch * heads_q, padded_rows]: sum(dout * out)
-  float* dq_accumulator;  // [batch * heads_q, padded_rows / 16, compiled dim / 8, 128]: accumulator fragments
+  float* dq_accumulator;  // [batch * heads_q, padded_rows, compiled dim], inside a tile in the order of its kernels
   int32_t* turns;         // deterministic: [batch * heads_q, row_tiles] column tiles that have added, then one ticket
 };
 

@@ -1,5 +1,5 @@
-// Launch functions of the CUDA kernels. The attention kernels are instantiated one head dim x dtype x direction per
-// translation unit; kernel_table.cu lists those that were built.
+// Launch functions of the CUDA kernels. The attention kernels are instantiated one architecture x head dim x dtype x
+// direction per translation unit; kernel_table.cu lists those that were built.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,30 +20,40 @@ cudaError_t launch_tile_lists(const KernelParams& params, cudaStream_t stream);
 using ShapeFunction = TileShape (*)(int shared_limit);
 using LaunchFunction = cudaError_t (*)(const KernelParams& params, int shared_limit, cudaStream_t stream);
 
-// The kernels of one dtype and compiled head dim; head dims below it are padded on the way into shared memory.
-struct KernelSet {
+enum class Direction { kForward, kBackward };
+
+// One architecture x direction x dtype x compiled head dim; head dims below it are padded on the way into shared
+// memory.
+struct Kernel {
+  const char* arch;  // folder that it lives in; FLASHMASK_FORCE_ARCH names it
+  Direction direction;
   int32_t dtype;  // FlashmaskDtype
   int32_t head_dim;
-  int32_t min_capability, max_capability;  // 10 * major + minor of the devices that it runs on
-  ShapeFunction forward_shape, backward_shape;
-  LaunchFunction forward, backward;
+  int32_t min_capability, max_capability;    // 10 * major + minor of the devices that it runs on
+  bool (*takes)(const FlashmaskParams& op);  // whether it does all that this call asks for
+  ShapeFunction shape;
+  LaunchFunction launch;
 };
 
-// What this library was built with, best first: the first set that fits the head dim, dtype and device is taken.
-extern const KernelSet kKernelSets[];
-extern const int kKernelSetCount;
+// What this library was built with, best first: the first that fits the call and the device is taken.
+extern const Kernel kKernels[];
+extern const int kKernelCount;
 
-namespace sm80 {
+#define FLASHMASK_DECLARE_KERNELS(arch)                                                           \
+  namespace arch {                                                                                \
+  bool forward_takes(const FlashmaskParams& op);                                                  \
+  bool backward_takes(const FlashmaskParams& op);                                                 \
+  template <typename T, int kHeadDim>                                                             \
+  TileShape forward_tile_shape(int shared_limit);                                                 \
+  template <typename T, int kHeadDim>                                                             \
+  TileShape backward_tile_shape(int shared_limit);                                                \
+  template <typename T, int kHeadDim>                                                             \
+  cudaError_t launch_forward(const KernelParams& params, int shared_limit, cudaStream_t stream);  \
+  template <typename T, int kHeadDim>                                                             \
+  cudaError_t launch_backward(const KernelParams& params, int shared_limit, cudaStream_t stream); \
+  }
+FLASHMASK_DECLARE_KERNELS(sm80)
+FLASHMASK_DECLARE_KERNELS(sm90)
+#undef FLASHMASK_DECLARE_KERNELS
 
-template <typename T, int kHeadDim>
-TileShape forward_tile_shape(int shared_limit);
-template <typename T, int kHeadDim>
-cudaError_t launch_forward(const KernelParams& params, int shared_limit, cudaStream_t stream);
-
-template <typename T, int kHeadDim>
-TileShape backward_tile_shape(int shared_limit);
-template <typename T, int kHeadDim>
-cudaError_t launch_backward(const KernelParams& params, int shared_limit, cudaStream_t stream);
-
-}  // namespace sm80
 }  // namespace flashmask

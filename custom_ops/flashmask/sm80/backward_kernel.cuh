@@ -5,11 +5,11 @@
 // grouped heads need neither atomics nor extra memory.
 #pragma once
 
+#include "../cuda/element.cuh"
 #include "../cuda/launch.h"
+#include "../cuda/row_bits.cuh"
 #include "backward_rows.cuh"
 #include "dropout.cuh"
-#include "element.cuh"
-#include "row_bits.cuh"
 #include "shared_tile.cuh"
 
 namespace flashmask::sm80 {

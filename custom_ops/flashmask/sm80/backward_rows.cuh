@@ -2,7 +2,8 @@
 // turns on dQ in the deterministic mode.
 #pragma once
 
-#include "element.cuh"
+#include "../cuda/element.cuh"
+#include "ptx.cuh"
 
 namespace flashmask::sm80 {
 

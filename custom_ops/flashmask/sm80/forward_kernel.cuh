@@ -1,10 +1,10 @@
 // Forward: one block per row tile of one query head. Online softmax in base 2 over the active column tiles.
 #pragma once
 
+#include "../cuda/element.cuh"
 #include "../cuda/launch.h"
+#include "../cuda/row_bits.cuh"
 #include "dropout.cuh"
-#include "element.cuh"
-#include "row_bits.cuh"
 #include "shared_tile.cuh"
 
 namespace flashmask::sm80 {

@@ -1,18 +1,12 @@
-// The instructions that the kernels are made of, one wrapper each. Everything here exists on sm_80; where sm_90 has a
-// wider form it is used.
+// The instructions that these kernels are made of, one wrapper each, beside those that all kernels share
+// (cuda/instructions.cuh). Everything here exists on sm_80; where sm_90 has a wider form it is used.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
 
 #include <type_traits>
 
-namespace flashmask::sm80 {
+#include "../cuda/instructions.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace flashmask::sm80 {
 
 // Asynchronous copy to shared memory; writes zeros and reads nothing when `valid` is false.
 __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source, bool valid) {
@@ -45,54 +39,6 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&fragment)[4], 
                : "r"(address));
 }
 
-__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
-  uint32_t value;
-  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void load_shared_64(uint32_t (&value)[2], uint32_t address) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(value[0]), "=r"(value[1]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-template <typename T>
-struct Half2;
-
-template <>
-struct Half2<__nv_bfloat16> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-  }
-};
-
-template <>
-struct Half2<__half> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-};
-
 // c[16x8] += a[16x16] * b[16x8]. With g = lane / 4 and t = lane % 4, c holds (row g, columns 2t, 2t + 1) and
 // (row g + 8, the same columns).
 #define FLASHMASK_MMA(type) "mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "
@@ -111,25 +57,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 }
 
 #undef FLASHMASK_MMA
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The same value, but the compiler does not know: what is computed from it is not kept in registers across a loop.
-__device__ __forceinline__ uint32_t opaque(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
-// Unlike <<, gives 0 for amounts of 32 and more.
-__device__ __forceinline__ uint32_t shift_left(uint32_t value, uint32_t amount) {
-  uint32_t shifted;
-  asm("shl.b32 %0, %1, %2;\n" : "=r"(shifted) : "r"(value), "r"(amount));
-  return shifted;
-}
 
 // Vector additions came with sm_90 and CUDA 12.1.
 #if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
@@ -160,6 +87,14 @@ __device__ __forceinline__ void add_accumulator(float* tile, int lane, const flo
     asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(tile + accumulator_offset(lane, i)), "f"(c[i]) : "memory");
   }
 #endif
+}
+
+// Two products with neighbouring column tiles; b = their operands as ldmatrix gives them.
+template <typename T>
+__device__ __forceinline__ void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[4]) {
+  mma<T>(left, a, b[0], b[1]);
+  mma<T>(right, a, b[2], b[3]);
 }
 
 }  // namespace flashmask::sm80

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "../mask.h"
-#include "ptx.cuh"
+#include "instructions.cuh"
 
-namespace flashmask::sm80 {
+namespace flashmask {
 
 // Bits i with row_begin + i >= row; `row` may be any int32.
 __device__ __forceinline__ uint32_t bits_from(int row, int row_begin) {
@@ -37,4 +37,4 @@ __device__ __forceinline__ uint32_t column_bits(const int32_t* bounds, int num_b
   return column < seqlen_k ? bits : 0xFFFFFFFFu;
 }
 
-}  // namespace flashmask::sm80
+}  // namespace flashmask

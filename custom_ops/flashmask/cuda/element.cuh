@@ -1,13 +1,13 @@
-// Helpers shared by the forward and the backward kernel.
+// Small helpers shared by the attention kernels.
 #pragma once
 
 #include <math_constants.h>
 
-#include "../cuda/kernel_params.h"
-#include "../cuda/tile_lists.cuh"
-#include "ptx.cuh"
+#include "instructions.cuh"
+#include "kernel_params.h"
+#include "tile_lists.cuh"
 
-namespace flashmask::sm80 {
+namespace flashmask {
 
 template <typename T>
 __device__ __forceinline__ T* head_pointer(const FlashmaskTensor& tensor, int batch, int head, int64_t row) {
@@ -42,12 +42,4 @@ __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&lef
   a[3] = Half2<T>::pack(right[2], right[3]);
 }
 
-// Two products with neighbouring column tiles; b = their operands as ldmatrix gives them.
-template <typename T>
-__device__ __forceinline__ void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[4]) {
-  mma<T>(left, a, b[0], b[1]);
-  mma<T>(right, a, b[2], b[3]);
-}
-
-}  // namespace flashmask::sm80
+}  // namespace flashmask

@@ -1,0 +1,101 @@
+// Synchronisation inside a block: mbarriers (with transaction counts for TMA), named barriers, register shares.
+#pragma once
+
+#include <stdint.h>
+#ifdef FLASHMASK_TRAP_ON_HANG
+#include <stdio.h>
+#endif
+
+#include "../cuda/instructions.cuh"
+
+namespace flashmask::sm90 {
+
+constexpr int kWarpgroup = 128;  // threads of four warps that issue a wgmma together
+
+// An mbarrier in shared memory, by its 32-bit address. It completes a phase when all arrivals (and all announced bytes)
+// have come; waiters name the phase by its parity.
+struct Barrier {
+  uint32_t address;
+
+  __device__ __forceinline__ void init(int arrivals) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(address), "r"(arrivals));
+  }
+  __device__ __forceinline__ void arrive() const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
+  }
+  // One arrival that also announces bytes which TMA copies will bring.
+  __device__ __forceinline__ void arrive_expecting(int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");
+  }
+  __device__ __forceinline__ bool try_wait(uint32_t parity) const {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
+  __device__ __forceinline__ void wait(uint32_t parity) const {
+#ifdef FLASHMASK_TRAP_ON_HANG  // for debugging: a deadlock becomes an error that names the barrier
+    for (int tries = 0; !try_wait(parity); ++tries) {
+      if (tries == 1 << 20) {
+        printf("block %d thread %d waits in vain for barrier %u, parity %u\n", blockIdx.x, threadIdx.x, address,
+               parity);
+        __trap();
+      }
+    }
+#else
+    while (!try_wait(parity)) {
+    }
+#endif
+  }
+};
+
+// After init, before any other thread or TMA uses the barriers; then a __syncthreads.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+// A position in a ring of kStages buffers, with the parity of the round. A consumer waits for its `full` barrier with
+// `parity`, a producer for its `empty` barrier with `parity ^ 1` (which lets the first round pass at once).
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) over `threads` threads.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before those that wgmma and TMA make later (the barrier that
+// follows makes it so for all threads).
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// Moves registers between warpgroups: producers give up what consumers need.
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+}  // namespace flashmask::sm90
