@@ -33,6 +33,7 @@ _CAST_HINT = {
     "float8_e5m2": 'cast it: x.astype("bfloat16")',
 }
 _FLOATS = ("float32", "bfloat16", "float16")
+_GPU_FLOATS = ("bfloat16", "float16")
 
 
 class Sizes(NamedTuple):
@@ -127,6 +128,12 @@ def qkv_dtypes(query: Any, key: Any, value: Any) -> None:
         if dtype not in _FLOATS:
             hint = f"; {_CAST_HINT[dtype]}" if dtype in _CAST_HINT else ""
             raise TypeError(f"{name}.dtype: expected float32, bfloat16 or float16, got {dtype}{hint}")
+        # Static programs are placed when they run: the op says the same then.
+        if dtype not in _GPU_FLOATS and paddle.in_dynamic_mode() and operand.place.is_gpu_place():
+            raise TypeError(
+                f"{name}.dtype: expected bfloat16 or float16 on a GPU, got {dtype}; cast it (paddle.amp.auto_cast does, "
+                "where it is on)"
+            )
     for name, operand in (("key", key), ("value", value)):
         if dtype_name(operand) != dtype_name(query):
             raise TypeError(

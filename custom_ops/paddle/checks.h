@@ -92,6 +92,8 @@ inline void check_qkv(const paddle::Tensor& query, const paddle::Tensor& key, co
   expect(
       dtype == paddle::DataType::FLOAT32 || dtype == paddle::DataType::BFLOAT16 || dtype == paddle::DataType::FLOAT16,
       "query must be float32, bfloat16 or float16; got ", dtype);
+  expect(!query.is_gpu() || dtype != paddle::DataType::FLOAT32,
+         "query must be bfloat16 or float16 on a GPU; got float32");
   expect_like_query(key, "key", query);
   expect_like_query(value, "value", query);
   const std::vector<int64_t> q = query.shape(), k = key.shape(), v = value.shape();

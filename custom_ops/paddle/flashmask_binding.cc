@@ -85,7 +85,8 @@ struct Call {
     params.block_mask = block_mask ? block_mask->data<int32_t>() : nullptr;
     if (dropout > 0) {
       const bool moved = seed_offset->place() != query.place();
-      seed_offset_on_device = moved ? seed_offset->copy_to(query.place(), true) : *seed_offset;
+      // Towards a GPU the copy goes onto the stream of the kernels, and the host goes on.
+      seed_offset_on_device = moved ? seed_offset->copy_to(query.place(), !query.is_gpu()) : *seed_offset;
       params.seed_offset = seed_offset_on_device.data<int64_t>();
     }
     if (query.is_gpu()) {
