@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 import paddle
+import pytest
 from paddlenlp.trainer import TrainerCallback
+from paddlenlp.transformers.llama import fusion_ops
 from paddlenlp_models import VOCABULARY
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
 LENGTH = 64
 STEPS = 20
+RECOMPUTE = (None, "full", "full_attn", "core_attn")
 
 
 def preferences(count: int, answers: int, seed: int = 1) -> list[dict[str, Any]]:
@@ -65,6 +68,36 @@ def arguments(folder: Any, **settings: Any) -> Any:
             **settings,
         }
     )
+
+
+def recompute(granularity: str | None) -> dict[str, Any]:
+    """Training arguments for one of `RECOMPUTE`."""
+    return {"recompute": True, "recompute_granularity": granularity} if granularity else {}
+
+
+def recomputed_layers(granularity: str | None, lora: bool) -> int:
+    """How many of the two layers compute their attention again in the backward pass.
+
+    PaddleNLP recomputes a layer, or its attention, only if the layer's input has a gradient. With LoRA the embedding is
+    frozen, and the first layer's has none; its query and key have.
+    """
+    if granularity is None:
+        return 0
+    return 1 if lora and granularity != "core_attn" else 2
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with every call of the routed attention, recomputation included."""
+    made: list[str] = []
+    original = fusion_ops.no_recompute
+
+    def counting(function, *args, **kwargs):
+        made.append(function.__qualname__)
+        return original(function, *args, **kwargs)
+
+    monkeypatch.setattr(fusion_ops, "no_recompute", counting)
+    return made
 
 
 def weights(net: Any) -> dict[str, np.ndarray]:

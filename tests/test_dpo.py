@@ -4,7 +4,21 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
-from alignment import LENGTH, STEPS, Logs, alone, arguments, gradients, padded, preferences, weights
+from alignment import (
+    LENGTH,
+    RECOMPUTE,
+    STEPS,
+    Logs,
+    alone,
+    arguments,
+    attention_calls,  # noqa: F401 (a fixture)
+    gradients,
+    padded,
+    preferences,
+    recompute,
+    recomputed_layers,
+    weights,
+)
 from paddle.distributed import fleet
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.trl import DPOCriterion, DPOTrainer
@@ -126,12 +140,14 @@ def expected(dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_equal_to_each_answer_alone(mode, recompute, dataset, expected, tmp_path):
-    settings = {"recompute": True, "recompute_granularity": "full"} if recompute else {}
+@pytest.mark.parametrize("granularity", RECOMPUTE)
+def test_equal_to_each_answer_alone(mode, granularity, dataset, expected, tmp_path, attention_calls):  # noqa: F811
     with flashmask_nlp.enabled():
-        got = train("flashmask", dataset, tmp_path, mode=mode, **settings)
+        got = train("flashmask", dataset, tmp_path, mode=mode, **recompute(granularity))
     compare(got, expected(mode))
+    # Two layers, and the reference's, in the first batch and in every step.
+    layers = 2 if mode == "reference free" else 4
+    assert len(attention_calls) == (STEPS + 1) * (layers + recomputed_layers(granularity, mode == "lora"))
     assert got[1][-5:].mean() < got[1][:5].mean() - 0.02, "it learns something"
     assert got[2][-5:].mean() > got[2][:5].mean() + 0.05
 
@@ -141,9 +157,10 @@ def test_equal_to_a_dense_mask(mode, dataset, expected, tmp_path):
     compare(train("dense", dataset, tmp_path, mode=mode, cls=Unrouted), expected(mode))
 
 
-def test_qwen2(dataset, expected, tmp_path):
+@pytest.mark.parametrize("granularity", RECOMPUTE)
+def test_qwen2(granularity, dataset, expected, tmp_path):
     with flashmask_nlp.enabled():
-        got = train("flashmask", dataset, tmp_path, family="Qwen2")
+        got = train("flashmask", dataset, tmp_path, family="Qwen2", **recompute(granularity))
     compare(got, expected("reference", "Qwen2"))
 
 

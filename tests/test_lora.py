@@ -13,7 +13,7 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.trl import SFTConfig, SFTTrainer
 from paddlenlp.trl.llm_utils import get_lora_target_modules
 from paddlenlp_models import LENGTH, assert_same, batches, model
-from test_paddlenlp_sft import STEPS, Losses, Tokenizer, dataset  # noqa: F401
+from test_paddlenlp_sft import STEPS, Alone, Losses, Tokenizer, dataset, first_batch  # noqa: F401
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 from paddle_flashmask.paddlenlp import routing
@@ -35,8 +35,8 @@ def adapted(**changes):
     return net
 
 
-def train(rows, folder, mask, lora, callbacks=(), steps=STEPS, **settings):
-    """Losses of every step and the trained weights."""
+def train(rows, folder, mask, lora, callbacks=(), steps=STEPS, cls=SFTTrainer, first=None, **settings):
+    """Losses of every step and the trained weights. Loss and gradients of the first batch go to the list `first`."""
     args = SFTConfig(
         output_dir=str(folder / mask),
         device="cpu",
@@ -55,14 +55,16 @@ def train(rows, folder, mask, lora, callbacks=(), steps=STEPS, **settings):
         use_flash_attention=mask == "flashmask", **changes
     )
     losses = Losses()
-    trainer = SFTTrainer(
+    trainer = cls(
         model=net,
         args=args,
         train_dataset=rows,
-        data_collator=flashmask_nlp.PackingCollator(LENGTH, mask=mask),
+        data_collator=flashmask_nlp.PackingCollator(LENGTH, mask="dense" if mask == "dense" else "flashmask"),
         tokenizer=Tokenizer(),
         callbacks=[losses, *callbacks],
     )
+    if first is not None:
+        first.append(first_batch(trainer, rows))
     trainer.train()
     return np.array(losses.values), {n: p.numpy() for n, p in net.named_parameters() if not p.stop_gradient}
 
@@ -84,6 +86,17 @@ def test_equal_loss_curves(lora, granularity, dense, dataset, tmp_path):  # noqa
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     assert weights.keys() == expected_weights.keys()
     assert lora == all("lora_" in name for name in weights)
+    for name, weight in expected_weights.items():
+        np.testing.assert_allclose(weights[name], weight, atol=2e-4, err_msg=name)
+
+
+def test_equal_to_each_sample_alone(dataset, tmp_path):  # noqa: F811
+    first = []
+    with flashmask_nlp.enabled():
+        losses, weights = train(dataset, tmp_path, "flashmask", True, first=first)
+    expected, expected_weights = train(dataset, tmp_path, "alone", True, cls=Alone, first=first)
+    assert_same(*first)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
     for name, weight in expected_weights.items():
         np.testing.assert_allclose(weights[name], weight, atol=2e-4, err_msg=name)
 
@@ -154,7 +167,7 @@ def test_example(tmp_path):
     folder = tmp_path / "lora"
     result, output = run_example(folder)
     assert result["steps"] == 4
-    assert result["eval_loss"] < result["eval_loss_before"]
+    assert result["evaluation"]["after"]["loss"] < result["evaluation"]["before"]["loss"]
     assert result["losses"][-1] < result["losses"][0]
     assert 0 < result["trained_weights"] < 30_000
     assert "row indices [1, 1, 2048]: passed" in output, "--flash_mask_verify is in the configuration"
@@ -165,4 +178,5 @@ def test_example(tmp_path):
     data = {"dataset_name_or_path": folder / "data", "model_name_or_path": folder / "base"}
     again, _ = run_example(folder, resume_from_checkpoint=folder / "checkpoint-2", **data)
     np.testing.assert_allclose(again["losses"], result["losses"][2:], rtol=1e-5)
-    assert again["eval_loss"] == pytest.approx(result["eval_loss"], rel=1e-5)
+    after = result["evaluation"]["after"]["loss"]
+    assert again["evaluation"]["after"]["loss"] == pytest.approx(after, rel=1e-5)

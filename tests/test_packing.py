@@ -98,6 +98,13 @@ class TestPackedDataset:
         assert stats.fill == pytest.approx(0.5)
         assert stats.attended == pytest.approx((6 + 3) / 100)
 
+    def test_stats_in_words(self):
+        stats = PackedDataset([sample(*range(n)) for n in (3, 9, 4, 2, 8)], 8, too_long="skip").stats()
+        assert str(stats) == (
+            "4 samples (1 were too long); tokens shortest/median/longest: 2/3/8\n"
+            "3 rows of 8 tokens, 70.8% filled; the mask skips 71.4% of the scores"
+        )
+
     @pytest.mark.parametrize(
         ("samples", "error", "message"),
         [

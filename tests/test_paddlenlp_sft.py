@@ -2,10 +2,12 @@
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
+from alignment import gradients, padded
 from paddlenlp.trainer import TrainerCallback
 from paddlenlp.trl import SFTConfig, SFTTrainer
-from paddlenlp_models import LENGTH, VOCABULARY, model
+from paddlenlp_models import LENGTH, VOCABULARY, assert_same, model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
@@ -31,6 +33,33 @@ class Losses(TrainerCallback):
             self.values.append(logs["loss"])
 
 
+class Alone(SFTTrainer):
+    """SFT without packing: every sample in a row of its own, plain causal attention, the mean over all learned tokens.
+
+    The batches are those of the packed run; the row indices only say where a sample ends.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        tokens, labels = [], []
+        for row, ends in enumerate(inputs["attn_mask_startend_row_indices"][:, 0].numpy()):
+            for end in sorted({*ends.tolist()} - {0}):
+                start = int((ends == end).argmax())
+                tokens.append(inputs["input_ids"][row, start:end].numpy())
+                labels.append(inputs["labels"][row, start:end].numpy())
+        logits = model(input_ids=padded(tokens))
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        terms = [
+            F.cross_entropy(logits[i, : len(answer)], paddle.to_tensor(answer), ignore_index=-100, reduction="sum")
+            for i, answer in enumerate(labels)
+        ]
+        return sum(terms) / sum(int((answer != -100).sum()) for answer in labels)
+
+
+def first_batch(trainer, dataset):
+    """Loss and gradients of one batch, before training."""
+    return gradients(trainer, trainer.model, [dataset[0], dataset[1]])
+
+
 @pytest.fixture(scope="module")
 def dataset():
     random = np.random.default_rng(1)
@@ -42,8 +71,17 @@ def dataset():
     return flashmask_nlp.PackedDataset(made, LENGTH)
 
 
-def train(mask, dataset, folder, family="Llama", collator=flashmask_nlp.PackingCollator, **settings):
-    """Losses of every step and the trained weights."""
+def train(
+    mask,
+    dataset,
+    folder,
+    family="Llama",
+    collator=flashmask_nlp.PackingCollator,
+    cls=SFTTrainer,
+    first=None,
+    **settings,
+):
+    """Losses of every step and the trained weights. Loss and gradients of the first batch go to the list `first`."""
     use_flash_attention = mask == "flashmask"
     args = SFTConfig(
         output_dir=str(folder / mask),
@@ -61,14 +99,16 @@ def train(mask, dataset, folder, family="Llama", collator=flashmask_nlp.PackingC
     changes = {name: getattr(args, name) for name in ("recompute", "recompute_granularity", "recompute_use_reentrant")}
     net = model(family, use_flash_attention=use_flash_attention, **changes)
     losses = Losses()
-    trainer = SFTTrainer(
+    trainer = cls(
         model=net,
         args=args,
         train_dataset=dataset,
-        data_collator=collator(LENGTH, mask=mask),
+        data_collator=collator(LENGTH, mask="dense" if mask == "dense" else "flashmask"),
         tokenizer=Tokenizer(),
         callbacks=[losses],
     )
+    if first is not None:
+        first.append(first_batch(trainer, dataset))
     trainer.train()
     return np.array(losses.values), {name: p.numpy() for name, p in net.named_parameters()}
 
@@ -78,11 +118,12 @@ def train(mask, dataset, folder, family="Llama", collator=flashmask_nlp.PackingC
     [
         ("Llama", {}),
         ("Llama", {"recompute": True, "recompute_granularity": "full"}),
+        ("Llama", {"recompute": True, "recompute_granularity": "full_attn"}),
         ("Llama", {"recompute": True, "recompute_granularity": "core_attn", "recompute_use_reentrant": True}),
         ("Llama", {"gradient_accumulation_steps": 2}),
         ("Qwen2", {}),
     ],
-    ids=["plain", "recompute full", "recompute core_attn", "accumulation", "Qwen2"],
+    ids=["plain", "recompute full", "recompute full_attn", "recompute core_attn", "accumulation", "Qwen2"],
 )
 def test_equal_loss_curves(family, settings, dataset, tmp_path):
     with flashmask_nlp.enabled():
@@ -94,6 +135,20 @@ def test_equal_loss_curves(family, settings, dataset, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for name, weight in expected_weights.items():
         np.testing.assert_allclose(weights[name], weight, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_equal_to_each_sample_alone(family, dataset, tmp_path):
+    """Loss and every gradient of the first batch, the loss curve, and the trained weights."""
+    first = []
+    with flashmask_nlp.enabled():
+        losses, weights = train("flashmask", dataset, tmp_path, family, first=first)
+    expected, expected_weights = train("alone", dataset, tmp_path, family, cls=Alone, first=first)
+    assert_same(*first)
+    assert len(losses) == len(expected) == STEPS
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    for name, weight in expected_weights.items():
+        np.testing.assert_allclose(weights[name], weight, atol=2e-4, err_msg=name)
 
 
 def test_the_curves_would_tell_a_wrong_mask(dataset, tmp_path):

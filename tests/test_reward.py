@@ -5,7 +5,21 @@ import itertools
 import numpy as np
 import paddle
 import pytest
-from alignment import LENGTH, STEPS, Logs, alone, arguments, gradients, padded, preferences, weights
+from alignment import (
+    LENGTH,
+    RECOMPUTE,
+    STEPS,
+    Logs,
+    alone,
+    arguments,
+    attention_calls,  # noqa: F401 (a fixture)
+    gradients,
+    padded,
+    preferences,
+    recompute,
+    recomputed_layers,
+    weights,
+)
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp_models import assert_same, config
 from paddlenlp_models import model as causal_model
@@ -171,11 +185,12 @@ def expected(dataset, tmp_path_factory):
     [{}, {"loss": "listwise"}, {"family": "Qwen2"}, {"lora": True}],
     ids=["pairwise", "listwise", "Qwen2", "lora"],
 )
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_equal_to_each_answer_alone(settings, recompute, dataset, expected, tmp_path):
-    more = {"recompute": True, "recompute_granularity": "full"} if recompute else {}
+@pytest.mark.parametrize("granularity", RECOMPUTE)
+def test_equal_to_each_answer_alone(settings, granularity, dataset, expected, tmp_path, attention_calls):  # noqa: F811
     with flashmask_nlp.enabled():
-        got = train("flashmask", dataset, tmp_path, **settings, **more)
+        got = train("flashmask", dataset, tmp_path, **settings, **recompute(granularity))
+    # Two layers, in the first batch and in every step.
+    assert len(attention_calls) == (STEPS + 1) * (2 + recomputed_layers(granularity, "lora" in settings))
     compare(got, expected(**settings))
     assert got[1][-5:].mean() < got[1][:5].mean() - 0.02, "it learns something"
     assert got[3]["accuracy"][-5:].mean() > got[3]["accuracy"][:5].mean()

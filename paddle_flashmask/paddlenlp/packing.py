@@ -36,6 +36,11 @@ def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def _spread(sizes: Sequence[int] | np.ndarray) -> tuple[int, int, int]:
+    """Shortest, median and longest."""
+    return int(min(sizes)), int(np.median(sizes)), int(max(sizes))
+
+
 def _token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
     ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
     # Some tokenizers close every text; between prompt and answer the end must not stand.
@@ -148,12 +153,14 @@ def pack_lengths(
 
 @dataclass(frozen=True)
 class PackingStats:
-    """What packing did.
+    """What packing did; ``print`` it before training.
 
     Attributes:
         samples: samples packed.
         skipped: samples left out because they were longer than a row.
+        sample_lengths: shortest, median and longest packed sample, in tokens.
         rows: rows made.
+        max_length: tokens of a row.
         tokens: tokens of all packed samples.
         fill: tokens over the rows' capacity, from 0 to 1.
         attended: share of a row's ``max_length**2`` scores that the mask lets through, from 0 to 1, averaged over rows.
@@ -161,10 +168,21 @@ class PackingStats:
 
     samples: int
     skipped: int
+    sample_lengths: tuple[int, int, int]
     rows: int
+    max_length: int
     tokens: int
     fill: float
     attended: float
+
+    def __str__(self) -> str:
+        skipped = f" ({self.skipped:,} were too long)" if self.skipped else ""
+        return (
+            f"{self.samples:,} samples{skipped}; tokens shortest/median/longest: "
+            f"{'/'.join(map(str, self.sample_lengths))}\n"
+            f"{self.rows:,} rows of {self.max_length:,} tokens, {self.fill:.1%} filled; "
+            f"the mask skips {1 - self.attended:.1%} of the scores"
+        )
 
 
 class PackedDataset(paddle.io.Dataset):
@@ -242,7 +260,9 @@ class PackedDataset(paddle.io.Dataset):
         return PackingStats(
             samples=len(sizes),
             skipped=self.skipped,
+            sample_lengths=_spread(sizes),
             rows=len(self.rows),
+            max_length=self.max_length,
             tokens=int(sizes.sum()),
             fill=float(sizes.sum() / capacity),
             attended=float((sizes * (sizes + 1) / 2).sum() / (capacity * self.max_length)),

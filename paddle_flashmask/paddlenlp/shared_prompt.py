@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
-from .packing import IGNORE, _require_choice, _require_positive, pack_lengths
+from .packing import IGNORE, _require_choice, _require_positive, _spread, pack_lengths
 from .preference import EncodedPreference
 
 __all__ = ["PreferenceCollator", "PreferenceDataset", "PreferenceStats"]
@@ -57,15 +57,19 @@ class PreferenceStats:
     fill: float
     attended: float
 
+    @property
+    def tokens_saved(self) -> float:
+        """Share of the tokens that storing each prompt once saves, from 0 to 1."""
+        return 1 - self.tokens / self.unshared_tokens
+
     def __str__(self) -> str:
         prompt, response = ("/".join(map(str, sizes)) for sizes in (self.prompt_lengths, self.response_lengths))
-        saved = 1 - self.tokens / self.unshared_tokens
         skipped = f" ({self.skipped:,} were too long)" if self.skipped else ""
         return (
             f"{self.samples:,} prompts{skipped} with {self.responses:,} answers; tokens shortest/median/longest: "
             f"prompts {prompt}, answers {response}\n"
             f"{self.rows:,} rows of {self.max_length:,} tokens, {self.fill:.1%} filled; prompts that are stored once "
-            f"save {saved:.1%} of the tokens; the mask skips {1 - self.attended:.1%} of the scores"
+            f"save {self.tokens_saved:.1%} of the tokens; the mask skips {1 - self.attended:.1%} of the scores"
         )
 
 
@@ -102,10 +106,6 @@ def _lay_out(sample: EncodedPreference, task: Task, share_prompt: bool) -> _Grou
         branches=np.stack([stops - sizes, stops], axis=1),
         sort=np.array(sample["sort"], dtype=np.float32),
     )
-
-
-def _spread(sizes: Sequence[int]) -> tuple[int, int, int]:
-    return min(sizes), int(np.median(sizes)), max(sizes)
 
 
 class PreferenceDataset(paddle.io.Dataset):
