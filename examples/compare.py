@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from reports import EVALUATED, MASKS, draw_curves, pictures
 from rich.console import Console
 from rich.table import Table
 
 from paddle_flashmask import masks
 from paddle_flashmask.plotting import plot_mask_and_blocks
-
-MASKS = {"flashmask": "FlashMask", "dense": "dense mask"}
 
 
 def compare(script: str, arguments: list[str], folder: Path, data: str | dict[str, str]) -> None:
@@ -71,21 +69,6 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def draw_curves(results: dict[str, dict[str, Any]], key: str, label: str, title: str, path: Path) -> None:
-    """One value a step of one run or both."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    # The dense curve is wide and pale: the two lie on top of each other.
-    for name, style in (("dense", {"lw": 5, "alpha": 0.4}), ("flashmask", {"lw": 1.5})):
-        if name in results:
-            values = results[name][key]
-            axes.plot(range(1, len(values) + 1), values, label=MASKS[name], **style)
-    axes.set(xlabel="step", ylabel=label, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def draw_first_row(result: dict[str, Any], path: Path) -> None:
     total = result["seq_len"]
     if "first_row_groups" in result:
@@ -113,13 +96,12 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
     row("peak memory, MiB", "peak_mib", ",.0f", f"{flashmask['peak_mib'] / dense['peak_mib']:.2f}x")
     row("  of it before training", "before_training_mib", ",.0f")
     row("final loss", "final_loss", ".4f")
-    for key, form in (("loss", ".4f"), ("margin", ".4f"), ("accuracy", ".1%")):
-        if "evaluation" in flashmask:
+    for key, form in EVALUATED:
+        if key in flashmask.get("evaluation", {}).get("after", {}):
             runs = [run["evaluation"] for run in (flashmask, dense)]
             found = [" to ".join(format(run[time][key], form) for time in ("before", "after")) for run in runs]
             table.add_row(f"evaluation {key}", *found, "")
     console = Console()
     console.print(table)
     console.print(f"Largest difference of the losses over all steps: {summary['max_loss_difference']:.2e}")
-    pictures = sorted(path.name for path in folder.glob("*.png"))
-    console.print(f"In {folder}: {', '.join(['summary.json', *pictures])}", highlight=False)
+    console.print(f"In {folder}: {', '.join(['summary.json', *pictures(folder)])}", highlight=False)

@@ -13,7 +13,6 @@ import quiet  # noqa: F401
 
 # isort: split
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -22,29 +21,24 @@ from pathlib import Path
 from compare import compare
 from corpus import write_corpus
 from paddlenlp.peft import LoRAConfig, LoRAModel
-from paddlenlp.trainer import PdArgumentParser
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
 from paddlenlp.trl.llm_utils import get_lora_target_modules
-from rich.console import Console
-from rich.table import Table
-from runs import Watch, new_folder
-from sft import ExampleArguments, load_model, load_tokenizer
+from reports import MASKS, report
+from rows import packed_pairs
+from runs import Watch, parse, run_folder, train
+from sft import PairArguments, load_model, load_tokenizer
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
 
 @dataclass
-class LoraArguments(ExampleArguments):
+class LoraArguments(PairArguments):
     base_steps: int = field(default=30, metadata={"help": "Steps that train the base, without a model."})
     base_learning_rate: float = field(default=1e-3, metadata={"help": "Of those steps."})
-    eval_every: int = field(default=20, metadata={"help": "Every so many-th sample is kept for evaluation."})
 
 
 def parse_arguments() -> tuple[ModelConfig, DataConfig, SFTConfig, LoraArguments]:
-    parser = PdArgumentParser((ModelConfig, DataConfig, SFTConfig, LoraArguments))
-    if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file_and_cmd_lines()
-    return parser.parse_args_into_dataclasses()
+    return parse(ModelConfig, DataConfig, SFTConfig, LoraArguments)
 
 
 def prepare(
@@ -77,6 +71,7 @@ def prepare(
                 "max_steps": example_args.base_steps,
                 "learning_rate": example_args.base_learning_rate,
                 "device": training_args.device,
+                "eval_every": 0,
             }
             arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
             fixed = "--flash_mask true --greedy_zero_padding true --per_device_train_batch_size 1 --warmup_steps 5"
@@ -86,10 +81,7 @@ def prepare(
 
 def main() -> None:
     model_args, data_args, training_args, example_args = parse_arguments()
-    folder = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint is None:
-        folder = new_folder(folder)
-        training_args.output_dir = str(folder)
+    folder = run_folder(training_args)
     prepare(folder, model_args, data_args, training_args, example_args)
     if example_args.compare:
         base = ["--model_name_or_path", model_args.model_name_or_path]
@@ -98,8 +90,8 @@ def main() -> None:
 
     # 1. The flag, and a model with adapters: only they are trained.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
-    data = Path(data_args.dataset_name_or_path)
-    tokenizer = load_tokenizer(model_args, data / "tokenizer.json")
+    mask = "flashmask" if flash_mask else "dense"
+    tokenizer = load_tokenizer(model_args, Path(data_args.dataset_name_or_path) / "tokenizer.json")
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
     if model_args.lora_path:
         model = LoRAModel.from_pretrained(model, model_args.lora_path)
@@ -116,29 +108,12 @@ def main() -> None:
     trained = sum(size for size, learns in sizes if learns)
     print(f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained (rank {model_args.lora_rank})")
 
-    # 2. Prompts and answers, packed; some are kept for evaluation.
-    pairs = list(flashmask_nlp.read_pairs(data / "train.json" if data.is_dir() else data))
-    pairs = pairs[: example_args.max_samples or None]
-    samples = [flashmask_nlp.encode_pair(tokenizer, *pair) for pair in pairs]
-    packing = {"strategy": "greedy" if data_args.greedy_zero_padding else "in_order", "too_long": "skip"}
-    kept = set(range(0, len(samples), example_args.eval_every)) if example_args.eval_every else set()
-    dataset = flashmask_nlp.PackedDataset(
-        [sample for index, sample in enumerate(samples) if index not in kept], data_args.max_length, **packing
-    )
-    held_out = [samples[index] for index in sorted(kept)]
-    eval_dataset = flashmask_nlp.PackedDataset(held_out, data_args.max_length, **packing) if held_out else None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = flashmask_nlp.PackingCollator(data_args.max_length, pad, mask="flashmask" if flash_mask else "dense")
-    stats = dataset.stats()
-    print(
-        f"{stats.samples} samples in {stats.rows} rows of {data_args.max_length} tokens, {stats.fill:.1%} filled; "
-        f"the mask leaves {stats.attended:.1%} of the scores; {len(held_out)} samples are kept for evaluation",
-        flush=True,
-    )
+    # 2. Prompts and answers, packed.
+    dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
 
-    # 3. PaddleNLP's trainer, untouched.
-    watch = Watch("FlashMask" if flash_mask else "dense mask", data_args.max_length)
-    callbacks = [watch, flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else [watch]
+    # 3. PaddleNLP's trainer, untouched. It saves the adapters: give the folder to --lora_path, or LoRAModel.merge().
+    watch = Watch(MASKS[mask], data_args.max_length)
+    checks = [flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else []
     trainer = SFTTrainer(
         model=model,
         args=training_args,
@@ -146,32 +121,10 @@ def main() -> None:
         eval_dataset=eval_dataset,
         data_collator=collator,
         tokenizer=tokenizer,
-        callbacks=callbacks,
+        callbacks=[watch, *checks],
     )
-    before = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    if training_args.save_strategy.value != "no":
-        trainer.save_model()  # the adapters: give the folder to --lora_path, or merge them with LoRAModel.merge()
-    report(
-        folder, {**watch.result(), "eval_loss_before": before, "eval_loss": after, "trained_weights": trained}, dataset
-    )
-
-
-def report(folder: Path, result: dict, dataset: flashmask_nlp.PackedDataset) -> None:
-    """Write result.json and print what matters of it."""
-    result = {**result, "first_row_lengths": dataset[0]["lengths"].tolist(), "fill": dataset.stats().fill}
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = Table(title=f"LoRA, {result['steps']} steps", title_justify="left", show_header=False)
-    table.add_row("training loss, first and last step", f"{result['losses'][0]:.4f}  {result['losses'][-1]:.4f}")
-    if result["eval_loss"] is not None:
-        table.add_row(
-            "evaluation loss, before and after", f"{result['eval_loss_before']:.4f}  {result['eval_loss']:.4f}"
-        )
-    table.add_row("tokens/s", f"{result['tokens_per_s']:,.0f}")
-    table.add_row("peak memory, MiB", f"{result['peak_mib']:,.0f}")
-    Console().print(table)
-    Console().print(f"In {folder}: result.json, and the adapters if they were saved", highlight=False)
+    result = {**train(trainer, watch), "mask": mask, "first_row_lengths": dataset[0]["lengths"].tolist()}
+    report("LoRA", folder, {**result, "fill": dataset.stats().fill, "trained_weights": trained})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from corpus import LEFT_OUT, write_corpus
 
@@ -77,3 +78,16 @@ def write_preferences(folder: Path, ranks: tuple[int, ...], vocabulary: int, lim
     write_corpus(folder, vocabulary, limit)
     for name, part in (("preferences-dev", lines[::10]), ("preferences", [x for i, x in enumerate(lines) if i % 10])):
         (folder / f"{name}.json").write_text("".join(part), encoding="utf-8")
+
+
+def preference_files(folder: Path, data_args: Any, example_args: Any, ranks: tuple[int, ...]) -> dict[str, str]:
+    """The data arguments that name files. Without any, preferences are written to `folder`/data and named by them."""
+    if data_args.train_dataset_path is None:
+        data = folder / "data"
+        data_args.train_dataset_path = str(data / "preferences.json")
+        data_args.dev_dataset_path = str(data / "preferences-dev.json")
+        if not data.exists():
+            print("Reading functions and docstrings of Python's standard library", flush=True)
+            write_preferences(data, ranks, example_args.vocab_size, example_args.max_samples)
+    names = ("train_dataset_path", "dev_dataset_path")
+    return {name: getattr(data_args, name) for name in names if getattr(data_args, name)}

@@ -1,13 +1,15 @@
-"""What the examples share about a run: its folder, its progress bar, and what it measures."""
+"""What the examples share about a run: its arguments, its folder, its progress bar, and what it measures."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from paddlenlp.trainer import TrainerCallback
+from paddlenlp.trainer import PdArgumentParser, TrainerCallback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
@@ -23,6 +25,23 @@ def new_folder(path: Path) -> Path:
     raise AssertionError("unreachable")
 
 
+def parse(*classes: type) -> tuple[Any, ...]:
+    """One object of each class from the command line, whose first word may be a JSON file with arguments."""
+    parser = PdArgumentParser(classes)
+    if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
+        return parser.parse_json_file_and_cmd_lines()
+    return parser.parse_args_into_dataclasses()
+
+
+def run_folder(training_args: Any) -> Path:
+    """The folder of --output_dir: a new one, or with --resume_from_checkpoint the one that is there."""
+    folder = Path(training_args.output_dir)
+    if training_args.resume_from_checkpoint is None:
+        folder = new_folder(folder)
+        training_args.output_dir = str(folder)
+    return folder
+
+
 def memory_mib(field: str) -> float:
     """Resident memory of this process in MiB: `VmRSS` now, or `VmHWM` at its highest since the program started."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -31,11 +50,17 @@ def memory_mib(field: str) -> float:
     raise KeyError(field)
 
 
+def forget_peak() -> None:
+    """Let `VmHWM` start again from what is resident now; where the kernel refuses, it goes on from the start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 class Watch(TrainerCallback):
     """A progress bar with the loss; and loss, time and memory of the run.
 
-    Time runs from the end of the first step, which also sets things up, to the end of the last one: it includes making
-    batches. Needs --logging_steps 1.
+    Time and peak memory are of the steps after the first one, which also sets things up and, with --flash_mask_verify,
+    computes the dense reference. They include making batches. Needs --logging_steps 1.
     """
 
     def __init__(self, name: str, tokens_per_row: int) -> None:
@@ -61,6 +86,8 @@ class Watch(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.step_ends:
+            forget_peak()
         self.step_ends.append(time.perf_counter())
         self.bar.update(self.task, completed=state.global_step)
 
@@ -73,7 +100,7 @@ class Watch(TrainerCallback):
         self.bar.stop()
 
     def result(self) -> dict[str, Any]:
-        """Speed (tokens/s, padding included), memory of the whole process at its peak and before training, losses."""
+        """Speed (tokens/s, padding included), memory of the process at its peak and before training, losses."""
         if len(self.step_ends) < 2:
             raise ValueError(f"--max_steps must be at least 2 to measure a speed, got {len(self.step_ends)}")
         seconds = self.step_ends[-1] - self.step_ends[0]
@@ -85,3 +112,38 @@ class Watch(TrainerCallback):
             "steps": len(self.step_ends),
             "seq_len": self.tokens_per_row,
         }
+
+
+class MarginWatch(Watch):
+    """`Watch` that keeps the reward margin of every step as well: the key `margin` of the trainer's logs."""
+
+    def __init__(self, name: str, tokens_per_row: int, margin: str) -> None:
+        super().__init__(name, tokens_per_row)
+        self.margin = margin
+        self.margins: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs, **kwargs)
+        if self.margin in (logs or {}):
+            self.margins.append(float(logs[self.margin]))
+
+    def result(self) -> dict[str, Any]:
+        return {**super().result(), "margins": self.margins}
+
+
+def evaluation(metrics: dict[str, float]) -> dict[str, float]:
+    """Loss, margin and accuracy of `Trainer.evaluate`, by the same names for every trainer that has them."""
+    short = {key.replace("eval_", "").replace("rewards/", ""): value for key, value in metrics.items()}
+    names = {"loss": "loss", "margins": "margin", "margin": "margin", "accuracies": "accuracy", "accuracy": "accuracy"}
+    return {names[key]: value for key, value in short.items() if key in names}
+
+
+def train(trainer: Any, watch: Watch) -> dict[str, Any]:
+    """Evaluate if there is a set for it, train or resume, evaluate again, save; what there is to report of it."""
+    evaluates = trainer.eval_dataset is not None
+    before = evaluation(trainer.evaluate()) if evaluates else None
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    after = evaluation(trainer.evaluate()) if evaluates else None
+    if trainer.args.save_strategy.value != "no":
+        trainer.save_model()
+    return {**watch.result(), "evaluation": {"before": before, "after": after} if evaluates else None}

@@ -6,14 +6,13 @@
 Arguments are PaddleNLP's (ModelConfig, DataConfig, SFTConfig) and the few below; a JSON file may hold them, and what
 follows it on the command line wins. Without a model a small Llama starts from random weights. Without data the model
 learns what the functions of Python's standard library do, from their docstrings: nothing is downloaded.
+--resume_from_checkpoint out/checkpoint-20 goes on where that run stopped.
 """
 
 import quiet  # noqa: F401
 
 # isort: split
 
-import itertools
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from pathlib import Path
 import paddle
 from compare import compare
 from corpus import write_corpus
-from paddlenlp.trainer import PdArgumentParser
 from paddlenlp.transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,7 +30,9 @@ from paddlenlp.transformers import (
 )
 from paddlenlp.transformers.configuration_utils import LlmMetaConfig
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
-from runs import Watch, new_folder
+from reports import MASKS, report
+from rows import packed_pairs
+from runs import Watch, parse, run_folder, train
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
@@ -48,11 +48,15 @@ class ExampleArguments(flashmask_nlp.VerifyArguments):
     num_key_value_heads: int = field(default=2, metadata={"help": "Of the random Llama, without a model."})
 
 
-def parse_arguments() -> tuple[ModelConfig, DataConfig, SFTConfig, ExampleArguments]:
-    parser = PdArgumentParser((ModelConfig, DataConfig, SFTConfig, ExampleArguments))
-    if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file_and_cmd_lines()
-    return parser.parse_args_into_dataclasses()
+@dataclass
+class PairArguments(ExampleArguments):
+    eval_every: int = field(
+        default=20, metadata={"help": "Keep every so many-th sample for evaluation; 0 keeps none. dev.json is better."}
+    )
+
+
+def parse_arguments() -> tuple[ModelConfig, DataConfig, SFTConfig, PairArguments]:
+    return parse(ModelConfig, DataConfig, SFTConfig, PairArguments)
 
 
 def load_tokenizer(model_args: ModelConfig, file: Path) -> PretrainedTokenizerFast:
@@ -60,6 +64,18 @@ def load_tokenizer(model_args: ModelConfig, file: Path) -> PretrainedTokenizerFa
         return AutoTokenizer.from_pretrained(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PretrainedTokenizerFast(tokenizer_file=str(file), **special)
+
+
+def small_config(example_args: ExampleArguments, tokenizer: PretrainedTokenizerFast, length: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=example_args.hidden_size,
+        intermediate_size=example_args.hidden_size * 8 // 3 // 32 * 32,
+        num_hidden_layers=example_args.num_hidden_layers,
+        num_attention_heads=example_args.num_attention_heads,
+        num_key_value_heads=example_args.num_key_value_heads,
+        max_position_embeddings=length,
+    )
 
 
 def load_model(
@@ -70,33 +86,20 @@ def load_model(
     length: int,
 ) -> LlamaForCausalLM:
     paddle.seed(training_args.seed)
-    if model_args.model_name_or_path:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-    else:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=example_args.hidden_size,
-            intermediate_size=example_args.hidden_size * 8 // 3 // 32 * 32,
-            num_hidden_layers=example_args.num_hidden_layers,
-            num_attention_heads=example_args.num_attention_heads,
-            num_key_value_heads=example_args.num_key_value_heads,
-            max_position_embeddings=length,
-        )
+    name = model_args.model_name_or_path
+    config = AutoConfig.from_pretrained(name) if name else small_config(example_args, tokenizer, length)
     # This is how use_flash_attention, which --flash_mask sets, and recompute reach the model.
     LlmMetaConfig.set_llm_config(config, training_args)
     config.use_cache = False
-    if not model_args.model_name_or_path:
+    if not name:
         return LlamaForCausalLM(config)
     dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
-    return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
 
 
 def main() -> None:
     model_args, data_args, training_args, example_args = parse_arguments()
-    folder = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint is None:
-        folder = new_folder(folder)
-        training_args.output_dir = str(folder)
+    folder = run_folder(training_args)
     if data_args.dataset_name_or_path is None:
         data_args.dataset_name_or_path = str(folder / "data")
         print("Reading the docstrings of Python's standard library", flush=True)
@@ -107,51 +110,31 @@ def main() -> None:
 
     # 1. One call after parsing: routes PaddleNLP's attention, or says what contradicts --flash_mask.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
+    mask = "flashmask" if flash_mask else "dense"
 
     # 2. A model as always.
-    data = Path(data_args.dataset_name_or_path)
-    tokenizer = load_tokenizer(model_args, data / "tokenizer.json")
+    tokenizer = load_tokenizer(model_args, Path(data_args.dataset_name_or_path) / "tokenizer.json")
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
     if flash_mask:
         flashmask_nlp.check_model(model)
 
     # 3. Prompts and answers, packed: many samples a row, none of which sees another.
-    file = data / "train.json" if data.is_dir() else data
-    pairs = itertools.islice(flashmask_nlp.read_pairs(file), example_args.max_samples or None)
-    dataset = flashmask_nlp.PackedDataset(
-        (flashmask_nlp.encode_pair(tokenizer, *pair) for pair in pairs),
-        data_args.max_length,
-        strategy="greedy" if data_args.greedy_zero_padding else "in_order",
-        too_long="skip",
-    )
-    collator = flashmask_nlp.PackingCollator(
-        data_args.max_length,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        mask="flashmask" if flash_mask else "dense",
-    )
-    stats = dataset.stats()
-    print(
-        f"{stats.samples} samples in {stats.rows} rows of {data_args.max_length} tokens, {stats.fill:.1%} filled; "
-        f"the mask leaves {stats.attended:.1%} of the scores",
-        flush=True,
-    )
+    dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
 
     # 4. PaddleNLP's trainer, untouched. With --flash_mask_verify true the first batch is checked layer by layer.
+    watch = Watch(MASKS[mask], data_args.max_length)
     checks = [flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else []
-    watch = Watch("FlashMask" if flash_mask else "dense mask", data_args.max_length)
     trainer = SFTTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         data_collator=collator,
         tokenizer=tokenizer,
         callbacks=[watch, *checks],
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if training_args.save_strategy.value != "no":
-        trainer.save_model()
-    result = {**watch.result(), "first_row_lengths": dataset[0]["lengths"].tolist(), "fill": stats.fill}
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = {**train(trainer, watch), "mask": mask, "first_row_lengths": dataset[0]["lengths"].tolist()}
+    report("SFT", folder, {**result, "fill": dataset.stats().fill})
 
 
 if __name__ == "__main__":

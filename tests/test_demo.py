@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,16 +24,14 @@ def example_modules():
     sys.path.remove(str(EXAMPLES))
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
+def sft(folder, **settings):
     small = {
         "max_steps": STEPS,
         "max_samples": 500,
         "vocab_size": 512,
         "hidden_size": 64,
         "num_hidden_layers": 1,
-        "output_dir": folder / "runs" / "demo",
+        **settings,
     }
     arguments = [str(part) for key, value in small.items() for part in (f"--{key}", value)]
     unreachable = "http://127.0.0.1:9"  # whoever asks the network for something fails
@@ -45,7 +44,13 @@ def demo(tmp_path_factory):
         timeout=600,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    return folder, run
+    return run
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, sft(folder, output_dir=folder / "runs" / "demo")
 
 
 def test_summary(demo):
@@ -83,7 +88,40 @@ def test_output_is_quiet(demo):
     assert "Largest difference of the losses" in run.stdout
     for noise in ("Warning", "WARNING", "[    INFO]", "deprecated", "Traceback"):
         assert noise not in run.stdout + run.stderr, run.stdout + run.stderr
-    assert len((run.stdout + run.stderr).splitlines()) < 40
+    assert len((run.stdout + run.stderr).splitlines()) < 50
+
+
+def test_what_is_printed_before_training(demo):
+    _, run = demo
+    printed = run.stdout + run.stderr
+    for expected in (
+        "tokens shortest/median/longest",
+        "the mask skips",
+        "kept for evaluation",
+        "passed, tolerance",
+        "skipped 1 of",
+    ):
+        assert expected in printed, printed
+
+
+def test_evaluation_and_resume(demo, tmp_path):
+    """dev.json is evaluated; the same run, continued from its second step, ends where it ended."""
+    data = tmp_path / "data"
+    shutil.copytree(demo[0] / "runs" / "demo" / "data", data)
+    lines = (data / "train.json").read_text().splitlines(keepends=True)
+    (data / "dev.json").write_text("".join(lines[-20:]))
+    out = tmp_path / "out"
+    settings = {"compare": "false", "dataset_name_or_path": data, "output_dir": out}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    assert "20 samples are kept" in sft(tmp_path, **settings).stdout
+    whole = json.loads((out / "result.json").read_text())
+    assert whole["evaluation"]["after"]["loss"] < whole["evaluation"]["before"]["loss"]
+    assert (out / "model_state.pdparams").exists()
+    assert (out / "loss.png").exists()
+    sft(tmp_path, **settings, resume_from_checkpoint=out / "checkpoint-2")
+    resumed = json.loads((out / "result.json").read_text())
+    np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], rtol=1e-5)
+    assert resumed["evaluation"]["after"]["loss"] == pytest.approx(whole["evaluation"]["after"]["loss"], rel=1e-5)
 
 
 def test_nothing_is_written_elsewhere(demo):

@@ -1,6 +1,5 @@
-"""examples/dpo.py and reward.py, small: what they write, that they resume, and that their configurations parse."""
+"""examples/dpo.py and reward.py, small: what they write, and that they resume."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -86,18 +85,3 @@ def test_reward_and_resume(dpo, tmp_path):
     resumed = json.loads((tmp_path / "out" / "result.json").read_text())
     np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], rtol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "a resumed run goes on in its folder"
-
-
-@pytest.mark.parametrize("config", ["dpo-tiny-cpu", "dpo-llama3-8b", "reward-tiny-cpu", "reward-qwen2-7b"])
-def test_configurations_parse(config, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    example = importlib.import_module(config.split("-")[0])
-    file = EXAMPLES / "config" / f"{config}.json"
-    # Here is no GPU, and bfloat16 wants one.
-    here = ["--device", "cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["example", str(file), *here])
-    model_args, data_args, training_args, *_ = example.parse_arguments()
-    written = json.loads(file.read_text())
-    assert model_args.flash_mask is True
-    assert data_args.max_seq_len == written["max_seq_len"]
-    assert training_args.learning_rate == written["learning_rate"]
