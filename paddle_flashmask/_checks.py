@@ -131,8 +131,8 @@ def qkv_dtypes(query: Any, key: Any, value: Any) -> None:
         # Static programs are placed when they run: the op says the same then.
         if dtype not in _GPU_FLOATS and paddle.in_dynamic_mode() and operand.place.is_gpu_place():
             raise TypeError(
-                f"{name}.dtype: expected bfloat16 or float16 on a GPU, got {dtype}; cast it (paddle.amp.auto_cast does, "
-                "where it is on)"
+                f"{name}.dtype: expected bfloat16 or float16 on a GPU, got {dtype}; cast it (paddle.amp.auto_cast "
+                "does, where it is on)"
             )
     for name, operand in (("key", key), ("value", value)):
         if dtype_name(operand) != dtype_name(query):

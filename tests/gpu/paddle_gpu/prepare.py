@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to fill; git should ignore it")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the version that the GPU machine has")
     parser.add_argument("--commit", default="HEAD", help="what to build (default: HEAD)")
-    parser.add_argument("--part-mib", type=int, default=55, help="largest size of a part")
+    parser.add_argument("--part-mib", type=int, default=60, help="largest size of a part")
     parser.add_argument("--fresh", action="store_true", help="fetch and pack Paddle again")
     options = parser.parse_args()
     out = options.out.resolve()
