@@ -27,9 +27,10 @@ import slim
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 PADDLE = "paddlepaddle-gpu==2.6.2"
+SETUPTOOLS = "setuptools==79.0.1"
 # numpy and protobuf are held to what Paddle 2.6 works with; the rest is imported by it, or runs the checks.
 RUNTIME = ("numpy==1.26.4", "protobuf==4.25.8", "opt_einsum==3.3.0", "decorator", "astor", "httpx", "pillow", "pytest")
-BUILD = ("setuptools==79.0.1", "wheel", "cmake==3.31.10", "ninja==1.13.0")
+BUILD = (SETUPTOOLS, "wheel", "cmake==3.31.10", "ninja==1.13.0")
 # Needed to build against Paddle, not to run it.
 NOT_CARRIED = ("paddle/include", "*/__pycache__", "paddle_flashmask*")
 
@@ -47,7 +48,7 @@ def make_site(work: Path, python: str) -> None:
     run(python, "-m", "venv", work / "venv")
     pip = (work / "venv" / "bin" / "pip", "install", "-q", "--disable-pip-version-check")
     run(*pip, *BUILD)
-    run(*pip, "--target", work / "site", *RUNTIME)
+    run(*pip, "--target", work / "site", SETUPTOOLS, *RUNTIME)
     run(*pip, "--target", work / "site", "--no-deps", PADDLE)
     for library in sorted((work / "site" / "paddle").rglob("*.so*")):
         blanked = slim.blank_device_code(library)

@@ -57,8 +57,16 @@ def output_of(*command: str) -> str:
 
 def run_file(file: Path, target: Path, variables: dict[str, str]) -> dict[str, object]:
     """Runs one test file; what became of the process."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["-o", "markers=slow: slow", f"--rootdir={target}", f"--confcutdir={file.parent}", str(file)]
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-W", "ignore", "--tb=short"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "markers=slow: slow",
+        f"--rootdir={target}",
+        f"--confcutdir={file.parent}",
+        str(file),
+    ]
     start = time.monotonic()
     try:
         status: int | str = subprocess.run(command, env=variables, cwd=target, timeout=SECONDS_PER_FILE).returncode
