@@ -15,7 +15,6 @@ import quiet  # noqa: F401
 # isort: split
 
 import sys
-from pathlib import Path
 
 from compare import compare
 from paddlenlp.peft import LoRAConfig, LoRAModel
@@ -63,7 +62,7 @@ def main() -> None:
     # 1. The flag, the policy, and the model it is held to: a frozen copy, or itself without its adapters.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
-    tokenizer = load_tokenizer(model_args, Path(data_args.train_dataset_path).with_name("tokenizer.json"))
+    tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_seq_len)
     reference = None
     dpo_args.lora = model_args.lora

@@ -91,7 +91,7 @@ def main() -> None:
     # 1. The flag, and a model with adapters: only they are trained.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
-    tokenizer = load_tokenizer(model_args, Path(data_args.dataset_name_or_path) / "tokenizer.json")
+    tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
     if model_args.lora_path:
         model = LoRAModel.from_pretrained(model, model_args.lora_path)

@@ -17,7 +17,6 @@ import quiet  # noqa: F401
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import paddle
 from compare import compare
@@ -61,7 +60,7 @@ def main() -> None:
     # 1. The flag, and a decoder with a score head: a causal language model's checkpoint gives the decoder.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
-    tokenizer = load_tokenizer(model_args, Path(data_args.train_dataset_path).with_name("tokenizer.json"))
+    tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
     name = model_args.model_name_or_path
     small = small_config(example_args, tokenizer, data_args.max_seq_len)
     config = AutoConfig.from_pretrained(name) if name else small

@@ -59,9 +59,19 @@ def parse_arguments() -> tuple[ModelConfig, DataConfig, SFTConfig, PairArguments
     return parse(ModelConfig, DataConfig, SFTConfig, PairArguments)
 
 
-def load_tokenizer(model_args: ModelConfig, file: Path) -> PretrainedTokenizerFast:
-    if model_args.model_name_or_path:
-        return AutoTokenizer.from_pretrained(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
+def load_tokenizer(model_args: ModelConfig, data: str) -> PretrainedTokenizerFast:
+    name = model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    if name:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            hint = "expected a folder with a checkpoint and its tokenizer, or, with HF_HUB_OFFLINE=0, a name on a hub"
+            raise OSError(f"--model_name_or_path {name}: {hint}. {error}") from error
+    file = (Path(data) if Path(data).is_dir() else Path(data).parent) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"without --model_name_or_path the tokenizer must lie beside the data: there is no {file}"
+        )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PretrainedTokenizerFast(tokenizer_file=str(file), **special)
 
@@ -113,7 +123,7 @@ def main() -> None:
     mask = "flashmask" if flash_mask else "dense"
 
     # 2. A model as always.
-    tokenizer = load_tokenizer(model_args, Path(data_args.dataset_name_or_path) / "tokenizer.json")
+    tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
     if flash_mask:
         flashmask_nlp.check_model(model)

@@ -60,3 +60,18 @@ def test_the_command_line_wins(parse):
 def test_an_unknown_argument_is_refused(parse):
     with pytest.raises(ValueError, match="flash_masks"):
         parse("sft-tiny-cpu", "--flash_masks", "true")
+
+
+def test_no_model_of_that_name(parse):
+    model_args, *_ = parse("sft-tiny-cpu", "--model_name_or_path", "no/such-model")
+    sft = importlib.import_module("sft")
+    with pytest.raises(OSError, match="--model_name_or_path no/such-model: expected a folder with a checkpoint"):
+        sft.load_tokenizer(model_args, "train.json")
+
+
+@pytest.mark.parametrize("data", ["", "train.json"])
+def test_data_without_a_model_needs_a_tokenizer(data, parse, tmp_path):
+    model_args, *_ = parse("sft-tiny-cpu")
+    sft = importlib.import_module("sft")
+    with pytest.raises(FileNotFoundError, match=r"beside the data: there is no .*tokenizer\.json"):
+        sft.load_tokenizer(model_args, str(tmp_path / data))
