@@ -19,7 +19,7 @@ SECONDS_PER_FILE = 150
 
 
 def unpack(parts: list[Path], target: Path) -> None:
-    """The archives in the folders `parts` into `target`."""
+    """The archives in the folders `parts` into `target`. Paddle may be there from an earlier run."""
     files = sorted(file for folder in parts for file in folder.glob("*.tar.xz*"))
     if not any(file.name == "project.tar.xz" for file in files):
         raise SystemExit(f"--parts: project.tar.xz is in none of {[str(part) for part in parts]}")
@@ -28,7 +28,10 @@ def unpack(parts: list[Path], target: Path) -> None:
     site.mkdir(exist_ok=True)
     paddle = [str(file) for file in files if file.name.startswith("paddle.tar.xz.")]
     script = 'target=$1; shift; set -o pipefail; cat "$@" | xz -dc -T0 | tar xf - -C "$target"'
-    subprocess.run(["bash", "-c", script, "unpack", str(site), *paddle], check=True)
+    if paddle:
+        subprocess.run(["bash", "-c", script, "unpack", str(site), *paddle], check=True)
+    elif not (site / "paddle").is_dir():
+        raise SystemExit(f"--parts: paddle.tar.xz.* is in none of them, and {site} holds no Paddle from before")
     (project,) = (file for file in files if file.name == "project.tar.xz")
     subprocess.run(["bash", "-c", script, "unpack", str(target), str(project)], check=True)
 
