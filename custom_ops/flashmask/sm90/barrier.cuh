@@ -42,8 +42,9 @@ struct Barrier {
   }
   __device__ __forceinline__ void wait(uint32_t parity) const {
 #ifdef FLASHMASK_TRAP_ON_HANG  // for debugging: a deadlock becomes an error that names the barrier
-    for (int tries = 0; !try_wait(parity); ++tries) {
-      if (tries == 1 << 20) {
+    const long long start = clock64();
+    while (!try_wait(parity)) {
+      if (clock64() - start > 1000000000) {
         printf("block %d thread %d waits in vain for barrier %u, parity %u\n", blockIdx.x, threadIdx.x, address,
                parity);
         __trap();
@@ -88,7 +89,8 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // follows makes it so for all threads).
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Moves registers between warpgroups: producers give up what consumers need.
+// Moves registers between warpgroups: producers give up what consumers need. The pool is what the block was started with
+// (168 a thread for three warpgroups, 128 for four): asking for more than was given up waits for ever.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

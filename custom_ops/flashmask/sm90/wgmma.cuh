@@ -59,11 +59,29 @@ enum class Major : int { kK = 0, kMN = 1 };
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FLASHMASK_REGISTERS_192                                                      \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FLASHMASK_REGISTERS_256                                                                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define FLASHMASK_COUNT_32 FLASHMASK_ACC_4(0)
 #define FLASHMASK_COUNT_64 FLASHMASK_ACC_8(0)
 #define FLASHMASK_COUNT_96 FLASHMASK_ACC_8(0), FLASHMASK_ACC_4(8)
 #define FLASHMASK_COUNT_128 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8)
+#define FLASHMASK_COUNT_192 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8), FLASHMASK_ACC_8(16)
+#define FLASHMASK_COUNT_256 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8), FLASHMASK_ACC_8(16), FLASHMASK_ACC_8(24)
 
 // A from shared memory (descriptor), B from shared memory (descriptor).
 #define FLASHMASK_WGMMA_SHARED(n, type, a, b, go, ta, tb)                                                   \
@@ -84,13 +102,11 @@ enum class Major : int { kK = 0, kMN = 1 };
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(add), "n"(kB)           \
                : "memory")
 
-// c (+)= A * B over 16 of K. `add` false overwrites c.
+// c (+)= A * B over 16 of K; `add` false overwrites c. A and B by descriptors (panels.cuh).
 template <typename T, Major kAMajor, Major kBMajor, int kGroups>
-__device__ __forceinline__ void wgmma(float (&c)[kGroups][4], uint64_t a_descriptor, uint64_t b_descriptor, bool add_) {
+__device__ __forceinline__ void wgmma(float (&c)[kGroups][4], uint64_t a_descriptor, uint64_t b_descriptor, int add) {
   constexpr int kN = kGroups * 8, kA = static_cast<int>(kAMajor), kB = static_cast<int>(kBMajor);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  const int add = add_;
-  static_assert(kN == 32 || kN == 64 || kN == 96 || kN == 128);
   if constexpr (kN == 32) {
     if constexpr (kBf16) {
       FLASHMASK_WGMMA_SHARED(32, "bf16", "16", "17", "18", "19", "20");
@@ -115,17 +131,35 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], uint64_t a_descrip
     } else {
       FLASHMASK_WGMMA_SHARED(128, "f16", "64", "65", "66", "67", "68");
     }
+  } else if constexpr (kN == 192) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_SHARED(192, "bf16", "96", "97", "98", "99", "100");
+    } else {
+      FLASHMASK_WGMMA_SHARED(192, "f16", "96", "97", "98", "99", "100");
+    }
+  } else if constexpr (kN == 256) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_SHARED(256, "bf16", "128", "129", "130", "131", "132");
+    } else {
+      FLASHMASK_WGMMA_SHARED(256, "f16", "128", "129", "130", "131", "132");
+    }
+  } else {
+    static_assert(kN == 0, "no such width");
   }
 }
 
+// The same with A in registers.
 template <typename T, Major kBMajor, int kGroups>
-__device__ __forceinline__ void wgmma(float (&c)[kGroups][4], const uint32_t (&a)[4], uint64_t b_descriptor,
-                                      bool add_) {
+__device__ __forceinline__ void wgmma(float (&c)[kGroups][4], const uint32_t (&a)[4], uint64_t b_descriptor, int add) {
   constexpr int kN = kGroups * 8, kB = static_cast<int>(kBMajor);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  const int add = add_;
-  static_assert(kN == 64 || kN == 96 || kN == 128);
-  if constexpr (kN == 64) {
+  if constexpr (kN == 32) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_REGISTERS(32, "bf16", "%16, %17, %18, %19", "20", "21", "22");
+    } else {
+      FLASHMASK_WGMMA_REGISTERS(32, "f16", "%16, %17, %18, %19", "20", "21", "22");
+    }
+  } else if constexpr (kN == 64) {
     if constexpr (kBf16) {
       FLASHMASK_WGMMA_REGISTERS(64, "bf16", "%32, %33, %34, %35", "36", "37", "38");
     } else {
@@ -143,6 +177,20 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], const uint32_t (&a
     } else {
       FLASHMASK_WGMMA_REGISTERS(128, "f16", "%64, %65, %66, %67", "68", "69", "70");
     }
+  } else if constexpr (kN == 192) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_REGISTERS(192, "bf16", "%96, %97, %98, %99", "100", "101", "102");
+    } else {
+      FLASHMASK_WGMMA_REGISTERS(192, "f16", "%96, %97, %98, %99", "100", "101", "102");
+    }
+  } else if constexpr (kN == 256) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_REGISTERS(256, "bf16", "%128, %129, %130, %131", "132", "133", "134");
+    } else {
+      FLASHMASK_WGMMA_REGISTERS(256, "f16", "%128, %129, %130, %131", "132", "133", "134");
+    }
+  } else {
+    static_assert(kN == 0, "no such width");
   }
 }
 
@@ -156,6 +204,10 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], const uint32_t (&a
 #undef FLASHMASK_COUNT_96
 #undef FLASHMASK_REGISTERS_128
 #undef FLASHMASK_COUNT_128
+#undef FLASHMASK_REGISTERS_192
+#undef FLASHMASK_COUNT_192
+#undef FLASHMASK_REGISTERS_256
+#undef FLASHMASK_COUNT_256
 #undef FLASHMASK_ACC_1
 #undef FLASHMASK_ACC_4
 #undef FLASHMASK_ACC_8

@@ -1,0 +1,70 @@
+// The end of a row tile: the output by its row sums, through shared memory and the copy engine; lse straight to memory.
+#pragma once
+
+#include "../cuda/element.cuh"
+#include "barrier.cuh"
+#include "forward_config.h"
+#include "schedule.cuh"
+#include "softmax.cuh"
+#include "tma.cuh"
+
+namespace flashmask::sm90 {
+
+constexpr int kEpilogueBarrier = 5;  // named barriers: one for each consumer warpgroup
+
+// Four 8x8 matrices of 16-bit values; lanes 8i .. 8i + 7 give the row addresses of matrix i.
+__device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(fragment[0]),
+               "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void write_output(const KernelParams& p, const CUtensorMap& map, uint32_t shared,
+                                             const ForwardWork& work, float (&output)[kHeadDim / 8][4],
+                                             const OnlineSoftmax& softmax, int warpgroup, int thread) {
+  using Layout = ForwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  using Tile = typename Layout::QTile;
+  const int lane = thread % 32;
+  const int row = warpgroup * 64 + thread / 32 * 16;  // of this warp, in the tile
+  const int row_begin = work.row_tile * Config::kRows;
+  const int64_t batch_head = static_cast<int64_t>(work.batch) * p.op.heads_q + work.head;
+
+  float inverse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = softmax.total(r);
+    // Compared with zero, not for being above it: a NaN must reach the output, or a diverged model goes unnoticed.
+    inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const int query = row_begin + row + r * 8 + lane / 4;
+    if (p.op.lse != nullptr && lane % 4 == 0 && query < p.op.seqlen_q) {
+      p.op.lse[batch_head * p.op.seqlen_q + query] =
+          sum == 0.0f ? -CUDART_INF_F : (softmax.row_max[r] * p.scale_log2 + __log2f(sum)) * CUDART_LN2_F;
+    }
+  }
+  rescale(output, inverse);
+
+  // The last output of this warpgroup has left its place.
+  if (thread == 0) wait_stores_read<0>();
+  named_barrier_sync(kEpilogueBarrier + warpgroup, kWarpgroup);
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; n += 2) {
+    uint32_t fragment[4];
+    pack_operand<T>(fragment, output[n], output[n + 1]);
+    store_matrix(shared + Layout::kOut + Tile::chunk_offset(row + lane % 16, n + lane / 16), fragment);
+  }
+  fence_async_proxy();
+  named_barrier_sync(kEpilogueBarrier + warpgroup, kWarpgroup);
+  if (thread == 0) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      store_box(map, shared + Layout::kOut + panel * Tile::kPanelBytes + warpgroup * 64 * Tile::kRowBytes,
+                panel * Tile::kPanel, row_begin + warpgroup * 64, work.head, work.batch);
+    }
+    commit_stores();
+    if (Config::kOutputInQuery) wait_stores_read<0>();
+  }
+}
+
+}  // namespace flashmask::sm90

@@ -1,0 +1,92 @@
+// Forward on Hopper: a persistent block of one producer warpgroup and two or three consumer warpgroups. The parts are
+// in the forward_*.cuh files; docs/hopper-kernel.md shows how they work together.
+#pragma once
+
+#include <algorithm>
+
+#include "../cuda/launch.h"
+#include "forward_consumer.cuh"
+#include "tensor_map.h"
+
+namespace flashmask::sm90 {
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, 1)
+    forward_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ ForwardMaps maps) {
+  using Layout = ForwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  extern __shared__ char raw[];
+  const uint32_t shared = (shared_address(raw) + 1023) / 1024 * 1024;  // what the swizzle pattern wants
+  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  const int warp = __shfl_sync(kAllLanes, thread / 32, 0), lane = thread % 32;
+
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = Config::kConsumers * 4;
+    const auto init = [&](int place, int count, int arrivals) {
+      for (int i = 0; i < count; ++i) Barrier{shared + place + i * 8}.init(arrivals);
+    };
+    init(Layout::kQFull, 1, 1);
+    init(Layout::kQEmpty, 1, kConsumerWarps);
+    init(Layout::kKFull, Config::kStages, 1);
+    init(Layout::kKEmpty, Config::kStages, kConsumerWarps);
+    init(Layout::kVFull, Config::kStages, 1);
+    init(Layout::kVEmpty, Config::kStages, kConsumerWarps);
+    init(Layout::kMaskFull, Config::kMaskStages, Config::kMaskWarps);
+    init(Layout::kMaskEmpty, Config::kMaskStages, kConsumerWarps);
+    init(Layout::kWorkFull, Config::kWorkStages, 1);
+    init(Layout::kWorkEmpty, Config::kWorkStages, kConsumerWarps + Config::kMaskWarps);
+    publish_barriers();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    shrink_registers<Config::kProducerRegisters>();
+    if (warp == 0) {
+      produce_tiles<kHeadDim>(p, maps, shared, lane);
+    } else if (warp <= Config::kMaskWarps) {
+      produce_masks<kHeadDim>(p, shared, warp - 1, lane);
+    }
+  } else {
+    grow_registers<Config::kConsumerRegisters>();
+    consume<T, kHeadDim>(p, maps, shared, warpgroup - 1, thread);
+    if (thread == 0) wait_stores<0>();
+  }
+}
+
+template <typename T, int kHeadDim>
+TileShape forward_tile_shape(int) {
+  return TileShape{ForwardConfig<kHeadDim>::kRows, ForwardConfig<kHeadDim>::kColumns};
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
+  using Layout = ForwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  const FlashmaskParams& op = p.op;
+  ForwardMaps maps;
+  const auto make = [&](CUtensorMap* map, const FlashmaskTensor& tensor, int seqlen, int heads, int dim, int box_rows) {
+    return make_tensor_map(map, tensor, op.dtype, op.batch, seqlen, heads, dim, box_rows, Layout::QTile::kPanel);
+  };
+  cudaError_t status = make(&maps.q, op.q, op.seqlen_q, op.heads_q, op.head_dim, Config::kRows);
+  if (status == cudaSuccess) status = make(&maps.k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kColumns);
+  if (status == cudaSuccess) status = make(&maps.v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, Config::kColumns);
+  if (status == cudaSuccess) status = make(&maps.out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, 64);
+  if (status != cudaSuccess) return status;
+
+  const auto kernel = forward_kernel<T, kHeadDim>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
+  if (status != cudaSuccess) return status;
+  int device = 0, multiprocessors = 0;
+  status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaMemsetAsync(p.work_counter, 0, sizeof(int32_t), stream);
+  if (status != cudaSuccess) return status;
+  const int items = p.lists.row_tiles * op.batch * op.heads_q;
+  const int blocks = std::min(items, multiprocessors);
+  kernel<<<blocks, Config::kThreads, Layout::kBytes, stream>>>(p, maps);
+  return cudaGetLastError();
+}
+
+}  // namespace flashmask::sm90

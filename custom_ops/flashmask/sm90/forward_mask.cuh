@@ -1,0 +1,68 @@
+// Element masks of partial tiles. A warp of the producers works out which rows of a tile every column masks, one bit
+// each, while the consumers still multiply; these then need one test per score.
+#pragma once
+
+#include <math_constants.h>
+
+#include "../cuda/row_bits.cuh"
+#include "forward_config.h"
+
+namespace flashmask::sm90 {
+
+// Lane `lane` of mask warp `warp` writes the words of two neighbouring columns: for 16 rows each, low half the even
+// column.
+template <int kHeadDim>
+__device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const int32_t* head_bounds,
+                                           int row_begin, int column_begin, int warp, int lane) {
+  using Layout = ForwardLayout<kHeadDim>;
+  constexpr int kRows = Layout::Config::kRows;
+  const int pair = warp * 32 + lane;
+  int32_t bounds[2][4] = {};
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int column = column_begin + pair * 2 + c;
+    if (column < op.seqlen_k) {
+      const int32_t* source = head_bounds + static_cast<int64_t>(column) * op.num_bounds;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < op.num_bounds) bounds[c][i] = source[i];
+      }
+    }
+  }
+  const uint32_t mine = place + (pair % 4 * Layout::kMaskStride + pair / 4) * 4;
+#pragma unroll 1
+  for (int first = 0; first < kRows; first += 32) {
+    uint32_t bits[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      bits[c] = column_bits(bounds[c], op.num_bounds, op.causal, column_begin + pair * 2 + c, row_begin + first,
+                            op.seqlen_q, op.seqlen_k);
+    }
+    const uint32_t group = mine + first / 16 * 4 * Layout::kMaskStride * 4;
+    store_shared_32(group, __byte_perm(bits[0], bits[1], 0x5410));
+    store_shared_32(group + 4 * Layout::kMaskStride * 4, __byte_perm(bits[0], bits[1], 0x7632));
+  }
+}
+
+// Puts -inf where the mask says so. `warp` counts the consumers' warps: 16 rows each.
+template <int kHeadDim, int kGroups>
+__device__ __forceinline__ void apply_mask(float (&scores)[kGroups][4], uint32_t place, int warp, int lane) {
+  using Layout = ForwardLayout<kHeadDim>;
+  const uint32_t mine = place + (warp * 4 + lane % 4) * Layout::kMaskStride * 4;
+#pragma unroll
+  for (int quarter = 0; quarter < kGroups / 4; ++quarter) {
+    const uint4 words = load_shared_128(mine + quarter * 16);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = word[i] >> (lane / 4);
+      float (&score)[4] = scores[quarter * 4 + i];
+      if (bits & 0x00000001u) score[0] = -CUDART_INF_F;
+      if (bits & 0x00010000u) score[1] = -CUDART_INF_F;
+      if (bits & 0x00000100u) score[2] = -CUDART_INF_F;
+      if (bits & 0x01000000u) score[3] = -CUDART_INF_F;
+    }
+  }
+}
+
+}  // namespace flashmask::sm90
