@@ -64,8 +64,8 @@ def flashmask_attention(
     are cast as those of Paddle's `flash_attn` (an op of the white list).
 
     Args:
-        query: `[batch, seqlen_q, heads_q, head_dim]`, float32, bfloat16 or float16. head_dim is a multiple of 8 and at
-            most 256.
+        query: `[batch, seqlen_q, heads_q, head_dim]`, float32, bfloat16 or float16; on a GPU the latter two. head_dim
+            is a multiple of 8 and at most 256.
         key: `[batch, seqlen_k, heads_k, head_dim]`, dtype of query. heads_k divides heads_q; query head `h` reads key
             head `h // (heads_q / heads_k)`.
         value: `[batch, seqlen_k, heads_k, head_dim_v]`, dtype of query. head_dim_v may differ from head_dim, with the

@@ -81,58 +81,67 @@ def through_paddle(case: AttentionCase, **more: Any) -> dict[str, np.ndarray]:
     return {name: result.numpy() for name, result in zip(NAMES, (out, lse, *gradients), strict=True)}
 
 
+class Direct:
+    """A case on the C entry points of the library that the op is linked to, in memory that Paddle holds."""
+
+    def __init__(self, case: AttentionCase, deterministic: bool = True) -> None:
+        self.library = _core.load_library(Path(paddle_flashmask.__file__).parent / "lib" / "libflashmask.so")
+        query, key, value, dout = arrays = case.stored()
+        shapes = (dout.shape, (case.batch, case.heads_q, case.seqlen_q), query.shape, key.shape, value.shape)
+        dtypes = (query.dtype, np.dtype(np.float32), query.dtype, query.dtype, query.dtype)
+        self.results = [tensor(not_a_number(shape, dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        self.operands = [tensor(array) for array in arrays]
+        self.masks = [tensor(case.bounds), tensor(case.block_mask)]
+        self.seed_offset = tensor(np.array([case.seed, case.offset], np.int64))
+        out, lse, dq, dk, dv = self.results
+        names = ("q", "k", "v", "dout", "out", "dq", "dk", "dv")
+        views = dict(zip(names, map(_view, (*self.operands, out, dq, dk, dv)), strict=True))
+        bounds, block_mask = (None if mask is None else mask.data_ptr() for mask in self.masks)
+        self.params = _core.Params(
+            abi_version=_core.ABI_VERSION,
+            device=_core.CUDA if ON_GPU else _core.CPU,
+            dtype=_core.DTYPES[query.dtype],
+            batch=case.batch,
+            heads_q=case.heads_q,
+            heads_k=case.heads_k,
+            heads_mask=next((mask.shape[1] for mask in self.masks if mask is not None), 1),
+            seqlen_q=case.seqlen_q,
+            seqlen_k=case.seqlen_k,
+            head_dim=query.shape[3],
+            head_dim_v=value.shape[3],
+            causal=case.causal,
+            num_bounds=0 if case.bounds is None else case.bounds.shape[3],
+            deterministic=deterministic,
+            softmax_scale=case.true_scale,
+            dropout=case.dropout,
+            lse=lse.data_ptr(),
+            bounds=bounds,
+            block_mask=block_mask,
+            seed_offset=self.seed_offset.data_ptr(),
+            stream=stream_handle(),
+            **views,
+        )
+        size = max(
+            self.library.forward_workspace_bytes(self.params), self.library.backward_workspace_bytes(self.params)
+        )
+        # 0xFF bytes are NaN and huge counts: a kernel that reads what it did not write fails loudly.
+        self.workspace = tensor(np.full(max(size, 1), 0xFF, np.uint8))
+        self.params.workspace, self.params.workspace_bytes = self.workspace.data_ptr(), size
+
+    def forward(self) -> None:
+        self.library.forward(self.params)
+
+    def backward(self) -> None:
+        self.library.backward(self.params)
+
+
 def through_c(case: AttentionCase, deterministic: bool = True) -> dict[str, np.ndarray]:
-    """The same by the C entry points of the same library, on tensors whose memory Paddle holds."""
-    library = _core.load_library(Path(paddle_flashmask.__file__).parent / "lib" / "libflashmask.so")
-    *inputs, dout = case.stored()
-    query, key, value = inputs
-    shapes = (dout.shape, (case.batch, case.heads_q, case.seqlen_q), query.shape, key.shape, value.shape)
-    dtypes = (query.dtype, np.dtype(np.float32), query.dtype, query.dtype, query.dtype)
-    results = [tensor(not_a_number(shape, dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    operands = [tensor(array) for array in (query, key, value, dout)]
-    masks = [tensor(case.bounds), tensor(case.block_mask), tensor(np.array([case.seed, case.offset], np.int64))]
-    views = [_view(operand) for operand in operands]
-    params = _core.Params(
-        abi_version=_core.ABI_VERSION,
-        device=_core.CUDA if ON_GPU else _core.CPU,
-        dtype=_core.DTYPES[query.dtype],
-        batch=case.batch,
-        heads_q=case.heads_q,
-        heads_k=case.heads_k,
-        heads_mask=next((array.shape[1] for array in (case.bounds, case.block_mask) if array is not None), 1),
-        seqlen_q=case.seqlen_q,
-        seqlen_k=case.seqlen_k,
-        head_dim=query.shape[3],
-        head_dim_v=value.shape[3],
-        causal=case.causal,
-        num_bounds=0 if case.bounds is None else case.bounds.shape[3],
-        deterministic=deterministic,
-        softmax_scale=case.true_scale,
-        dropout=case.dropout,
-        q=views[0],
-        k=views[1],
-        v=views[2],
-        dout=views[3],
-        out=_view(results[0]),
-        lse=results[1].data_ptr(),
-        dq=_view(results[2]),
-        dk=_view(results[3]),
-        dv=_view(results[4]),
-        bounds=None if masks[0] is None else masks[0].data_ptr(),
-        block_mask=None if masks[1] is None else masks[1].data_ptr(),
-        seed_offset=masks[2].data_ptr(),
-        stream=stream_handle(),
-    )
-    for needed, call in (
-        (library.forward_workspace_bytes, library.forward),
-        (library.backward_workspace_bytes, library.backward),
-    ):
-        size = needed(params)
-        workspace = tensor(np.full(max(size, 1), 0xFF, np.uint8))
-        params.workspace, params.workspace_bytes = workspace.data_ptr(), size
-        call(params)
-        synchronize()
-    return {name: result.numpy() for name, result in zip(NAMES, results, strict=True)}
+    """Forward and backward by the C entry points."""
+    call = Direct(case, deterministic)
+    call.forward()
+    call.backward()
+    synchronize()
+    return {name: result.numpy() for name, result in zip(NAMES, call.results, strict=True)}
 
 
 def not_a_number(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
