@@ -68,25 +68,26 @@ def pack_site(work: Path, part_mib: int) -> None:
     run("bash", "-c", pipeline)
 
 
+def build_options() -> dict[str, str]:
+    """What the kernels are built for, unless the environment says otherwise. The checks need both of these head dims."""
+    defaults = {"FLASHMASK_CUDA_ARCHS": "80;90", "FLASHMASK_HEAD_DIMS": "64;128"}
+    return {name: os.environ.get(name, default) for name, default in defaults.items()}
+
+
 def build_package(work: Path, sources: Path, log: Path) -> None:
     """work/package: this package, built by its setup.py against the Paddle in work/site."""
     shutil.rmtree(work / "package", ignore_errors=True)
-    environment = {
-        "FLASHMASK_CUDA": "1",
-        "FLASHMASK_CUDA_ARCHS": "80;90",
-        "FLASHMASK_HEAD_DIMS": "64;128",
-        **os.environ,
-        "PYTHONPATH": str(work / "site"),
-    }
+    environment = {**os.environ, **build_options(), "FLASHMASK_CUDA": "1", "PYTHONPATH": str(work / "site")}
     pip = (work / "venv" / "bin" / "pip", "install", "-v", "--disable-pip-version-check", "--no-build-isolation")
     with log.open("w") as file:
         run(*pip, "--no-deps", "--target", work / "package", sources, env=environment, stderr=file)
 
 
-def information(work: Path, commit: str, with_paddle: dict[str, str]) -> dict[str, object]:
+def information(work: Path, commit: str) -> dict[str, str]:
+    """What the results must say about the build."""
     version = run(work / "venv" / "bin" / "python", "--version").strip()
     nvcc = run("nvcc", "--version").strip().splitlines()[-1]
-    return {"commit": commit, "python": version, "nvcc": nvcc, **with_paddle, "built_for": ["sm_80", "sm_90"]}
+    return {"commit": commit, "paddle": PADDLE, "python": version, "nvcc": nvcc, **build_options()}
 
 
 def main() -> None:
@@ -112,7 +113,7 @@ def main() -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(sources, filter="data")
         build_package(work, sources, work / "build.log")
-        (work / "info.json").write_text(json.dumps(information(work, commit, {"paddle": PADDLE}), indent=2) + "\n")
+        (work / "info.json").write_text(json.dumps(information(work, commit), indent=2) + "\n")
         with tarfile.open(work / "project.tar.xz", "w:xz") as tar:
             tar.add(work / "package", "site")
             tar.add(sources / "tests", "tests")
