@@ -69,7 +69,7 @@ def pack_site(work: Path, part_mib: int) -> None:
 
 
 def build_options() -> dict[str, str]:
-    """What the kernels are built for, unless the environment says otherwise. The checks need both of these head dims."""
+    """What the kernels are built for, unless the environment says otherwise. The checks need these head dims."""
     defaults = {"FLASHMASK_CUDA_ARCHS": "80;90", "FLASHMASK_HEAD_DIMS": "64;128"}
     return {name: os.environ.get(name, default) for name, default in defaults.items()}
 
