@@ -37,6 +37,12 @@ struct Panels {
     return descriptor(base + column / kPanel * kPanelBytes + row * kRowBytes, kPanelBytes);
   }
 
+  // What to add to a descriptor to move it along the columns, or by rows: addresses are in units of 16 bytes.
+  static __device__ constexpr uint64_t column_distance(int column) {
+    return (column / kPanel * kPanelBytes + column % kPanel * 2) / 16;
+  }
+  static __device__ constexpr uint64_t row_distance(int row) { return row * kRowBytes / 16; }
+
  private:
   // wgmma's matrix descriptor: address, distance of neighbouring panels (transposed operands only), distance of
   // neighbouring groups of eight rows, kind of swizzle; distances in units of 16 bytes.

@@ -1,0 +1,149 @@
+// Backward for Hopper: one block per column tile of one key head, over the query heads of its group and their active
+// row tiles.
+//
+// A producer warpgroup moves tiles by TMA; two consumer warpgroups own 64 keys each. Scores are computed transposed,
+// S^T = K Q^T: keys are then on the M axis of the accumulators, so P^T and dS^T become register operands of
+// dV += P^T dO and dK += dS^T Q as they are. dQ = dS K needs both warpgroups' dS^T, which they exchange through shared
+// memory, and leaves by additions in float32. With query heads of a group taken one after the other, dK and dV of
+// grouped heads need neither atomics nor extra memory.
+#pragma once
+
+#include "../cuda/launch.h"
+#include "backward_mainloop.cuh"
+#include "backward_producer.cuh"
+#include "backward_rows.cuh"
+#include "tensor_map.h"
+
+namespace flashmask::sm90 {
+
+// dK and dV of a warpgroup's keys: to the places of K and V, and from there by TMA.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_gradients(BackwardConsumer<T, kHeadDim>& consumer, const BackwardMaps& maps,
+                                                const BackwardBlock& block, float scale) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using KTile = typename Layout::KTile;
+  const int first_key = consumer.consumer * 64;
+  named_barrier_sync(kAllConsumers, Layout::Config::kConsumers * kWarpgroup);  // all are done with K and V
+  const uint32_t corner = matrix_corner<KTile>(consumer.base, consumer.first_key(), consumer.lane());
+#pragma unroll
+  for (int column = 0; column < kHeadDim; column += 16) {
+    uint32_t rounded[4];
+    const uint32_t place = matrix_moved<KTile>(corner, column);
+    pack_operand<T>(rounded, consumer.dv[column / 8], consumer.dv[column / 8 + 1]);
+    store_matrix(place + Layout::kV, rounded);
+    float (&left)[4] = consumer.dk[column / 8], (&right)[4] = consumer.dk[column / 8 + 1];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) left[i] *= scale, right[i] *= scale;
+    pack_operand<T>(rounded, left, right);
+    store_matrix(place + Layout::kK, rounded);
+  }
+  fence_async_proxy();
+  named_barrier_sync(1 + consumer.consumer, kWarpgroup);
+  if (consumer.thread() == 0) {
+#pragma unroll
+    for (int panel = 0; panel < KTile::kPanels; ++panel) {
+      const uint32_t source = consumer.base + panel * KTile::kPanelBytes + first_key * KTile::kRowBytes;
+      const int dim = panel * KTile::kPanel, row = block.column_begin + first_key;
+      store_box(maps.dv, source + Layout::kV, dim, row, block.head_k, block.batch);
+      store_box(maps.dk, source + Layout::kK, dim, row, block.head_k, block.batch);
+    }
+    commit_stores();
+    wait_stores_read<0>();  // the shared memory must outlive the copies
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
+    backward_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ BackwardMaps maps) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = shared_address(shared);
+
+  int* ticket = reinterpret_cast<int*>(shared + Layout::kBounds);  // free until the first bounds come
+  if (threadIdx.x == 0) {
+    BackwardBarriers<kHeadDim>{base}.init();
+    if (p.turns != nullptr) {
+      *ticket = atomicAdd(p.turns + static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles, 1);
+    }
+  }
+  __syncthreads();
+  const BackwardBlock block(p, p.turns != nullptr ? *ticket : blockIdx.x, Config::kColumns);
+  if (p.turns != nullptr) __syncthreads();
+
+  if (threadIdx.x < kWarpgroup) {
+    shrink_registers<24>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      bring_tiles<kHeadDim>(p, maps, block, shared);
+    } else if (warp <= Config::kConsumers) {
+      take_dq_away<kHeadDim>(p, block, base, warp - 1);
+    }
+  } else {
+    grow_registers<240>();
+    BackwardConsumer<T, kHeadDim> consumer(base);
+    consumer.run(p, block.column_begin);
+    store_gradients(consumer, maps, block, p.op.softmax_scale);
+  }
+}
+
+template <typename T, int kHeadDim>
+TileShape backward_tile_shape(int) {
+  return {BackwardConfig<kHeadDim>::kRows, BackwardConfig<kHeadDim>::kColumns};
+}
+
+template <int kHeadDim>
+cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  cudaError_t status = cudaSuccess;
+  const auto make = [&](CUtensorMap* map, const FlashmaskTensor& tensor, int64_t seqlen, int heads, int dim, int rows,
+                        int panel) {
+    if (status == cudaSuccess) {
+      status = make_tensor_map(map, tensor, op.dtype, op.batch, seqlen, heads, dim, rows, panel);
+    }
+  };
+  constexpr int kPanelK = Layout::KTile::kPanel, kPanelQ = Layout::QTile::kPanel;
+  make(&maps->k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kColumns, kPanelK);
+  make(&maps->v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, Config::kColumns, kPanelK);
+  make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 64, kPanelK);
+  make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
+  if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
+    maps->q = maps->dout = maps->k;
+  } else {
+    make(&maps->q, op.q, op.seqlen_q, op.heads_q, op.head_dim, Config::kRows, kPanelQ);
+    make(&maps->dout, op.dout, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
+  }
+  return status;
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
+  using Layout = BackwardLayout<kHeadDim>;
+  const int blocks = p.lists.column_tiles * p.op.batch * p.op.heads_k;
+  if (blocks == 0) return cudaSuccess;
+  BackwardMaps maps;
+  cudaError_t status = make_backward_maps<kHeadDim>(p.op, &maps);
+  if (status != cudaSuccess) return status;
+  const auto kernel = backward_kernel<T, kHeadDim>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<blocks, Layout::Config::kThreads, Layout::kBytes, stream>>>(p, maps);
+  return cudaGetLastError();
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
+  cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
+  if (status != cudaSuccess) return status;
+  if (p.turns != nullptr) {
+    const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles + 1;
+    status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
+    if (status != cudaSuccess) return status;
+  }
+  status = launch_backward_kernel<T, kHeadDim>(p, stream);
+  if (status != cudaSuccess) return status;
+  return launch_finish_rows<T, kHeadDim>(p, stream);
+}
+
+}  // namespace flashmask::sm90

@@ -1,0 +1,300 @@
+// What one consumer warpgroup does for its 64 keys, over all steps of the block.
+//
+// Products are issued early and waited for late, so that the tensor cores have work while this warpgroup computes
+// exponentials (see docs/hopper-kernel.md for the picture):
+//
+//   in flight               meanwhile
+//   S^T of this step        -
+//   dP^T                    mask, P^T = exp2(S^T), rounded
+//   dV += P^T dO            dS^T = P^T (dP^T - delta), rounded, to shared memory
+//   dK += dS^T Q            wait for the other warpgroup's dS^T
+//   dQ, next step's S^T     dQ to shared memory
+#pragma once
+
+#include "../cuda/element.cuh"
+#include "../cuda/row_bits.cuh"
+#include "backward_config.cuh"
+#include "store_matrix.cuh"
+#include "wgmma.cuh"
+
+namespace flashmask::sm90 {
+
+// Named barriers: 1 and 2 for one consumer warpgroup each, 3 for both.
+constexpr int kAllConsumers = 3;
+
+__device__ __forceinline__ void store_shared_128(uint32_t address, int4 value) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_float4(uint32_t address, const float (&value)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(value[0]), "f"(value[1]), "f"(value[2]),
+               "f"(value[3])
+               : "memory");
+}
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+// One arrival per warp, after all its lanes came here.
+__device__ __forceinline__ void arrive_warp(Barrier barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
+// The two intervals of masked rows of one key, as they come: bits of rows do not mind empty or overlong ones.
+__device__ __forceinline__ int4 key_intervals(const FlashmaskParams& op, int64_t mask_index, int key) {
+  if (key >= op.seqlen_k) return make_int4(INT32_MIN, INT32_MAX, 0, 0);  // past the end: masked everywhere
+  const int32_t* bounds = op.bounds + (mask_index * op.seqlen_k + key) * op.num_bounds;
+  int4 both = make_int4(0, 0, 0, 0);
+  if (op.num_bounds > 0) {
+    both.x = bounds[0];
+    both.y = INT32_MAX;
+    if (op.num_bounds == (op.causal ? 2 : 4)) both.y = bounds[1];
+  }
+  if (op.causal) {
+    both.z = INT32_MIN;
+    both.w = key - (op.seqlen_k - op.seqlen_q);
+  } else if (op.num_bounds == 4) {
+    both.z = bounds[2];
+    both.w = bounds[3];
+  } else if (op.num_bounds == 2) {
+    both.z = INT32_MIN;
+    both.w = bounds[1];
+  }
+  return both;
+}
+
+// Those of this warpgroup's 64 keys, to shared memory.
+__device__ __forceinline__ void load_intervals(const FlashmaskParams& op, int64_t mask_index, int first_key,
+                                               uint32_t intervals, int thread, int barrier) {
+  named_barrier_sync(barrier, kWarpgroup);  // all are done with those of the previous mask
+  if (thread < 64) store_shared_128(intervals + thread * 16, key_intervals(op, mask_index, first_key + thread));
+  named_barrier_sync(barrier, kWarpgroup);
+}
+
+// A thread's keys are `first_key` and the eighth after it; its queries 8n + 2t and the next, with t = lane % 4.
+template <int kGroups>
+__device__ __forceinline__ void mask_scores(float (&scores)[kGroups][4], uint32_t intervals, int first_key,
+                                            int row_begin, int lane, float masked_score) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint4 loaded = load_shared_128(intervals + (first_key + h * 8) * 16);
+    const int4 both = make_int4(loaded.x, loaded.y, loaded.z, loaded.w);
+#pragma unroll
+    for (int word = 0; word < kGroups / 4; ++word) {  // 32 queries each
+      const int first = row_begin + word * 32;
+      const uint32_t bits =
+          (interval_bits(both.x, both.y, first) | interval_bits(both.z, both.w, first)) >> (lane % 4 * 2);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (bits & (1u << (n * 8 + e))) scores[word * 4 + n][h * 2 + e] = masked_score;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+struct BackwardConsumer {
+  using Layout = BackwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  using KTile = typename Layout::KTile;
+  using QTile = typename Layout::QTile;
+  using DsTile = typename Layout::DsTile;
+  static constexpr int kGroups = Config::kRows / 8;  // accumulator groups of S^T and dP^T
+  static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
+
+  uint32_t base;  // address of the shared memory
+  int consumer;   // which of the warpgroups
+  BackwardBarriers<kHeadDim> barriers;
+
+  float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
+
+  __device__ __forceinline__ explicit BackwardConsumer(uint32_t base)
+      : base(base),
+        consumer(__shfl_sync(kAllLanes, static_cast<int>(threadIdx.x), 0) / kWarpgroup - 1),
+        barriers{base} {
+    clear(dk);
+    clear(dv);
+  }
+  __device__ __forceinline__ int thread() const { return threadIdx.x % kWarpgroup; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ int first_key() const { return threadIdx.x / 32 * 16 - kWarpgroup / 2; }  // of the warp
+
+  // [64 keys, queries] = this warpgroup's rows of K or V times Q or dO, over the head dim.
+  __device__ __forceinline__ void score_product(float (&scores)[kGroups][4], int k_place, int q_place, int stage) {
+    const uint64_t a = KTile::along_columns(base + k_place, consumer * 64, 0);
+    const uint64_t b = QTile::along_columns(base + q_place + stage * QTile::kBytes, 0, 0);
+    fence_registers(scores);
+    wgmma_begin();
+#pragma unroll
+    for (int column = 0; column < kHeadDim; column += 16) {
+      wgmma<T, Major::kK, Major::kK>(scores, a + KTile::column_distance(column), b + QTile::column_distance(column),
+                                     column > 0);
+    }
+    wgmma_commit();
+  }
+
+  // dK or dV += the rounded dS^T or P^T times Q or dO, over the queries.
+  __device__ __forceinline__ void gradient_product(float (&gradient)[kHeadDim / 8][4], uint32_t (&left)[kSteps][4],
+                                                   int q_place, int stage) {
+    const uint64_t b = QTile::along_rows(base + q_place + stage * QTile::kBytes, 0, 0);
+    fence_registers(left);
+    fence_registers(gradient);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      wgmma<T, Major::kMN>(gradient, left[step], b + QTile::row_distance(step * 16), true);
+    }
+    wgmma_commit();
+  }
+
+  // This warpgroup's half of dQ = dS K, over all keys.
+  __device__ __forceinline__ void dq_product(float (&dq)[Layout::kDqGroups][4], int buffer) {
+    const int row = Config::kSplitsDims ? 0 : consumer * 64;
+    const int dim = Config::kSplitsDims ? consumer * (kHeadDim / 2) : 0;
+    const uint64_t a = DsTile::along_rows(base + Layout::kDs + buffer * DsTile::kBytes, 0, row);
+    const uint64_t b = KTile::along_rows(base + Layout::kK, 0, dim);
+    fence_registers(dq);
+    wgmma_begin();
+#pragma unroll
+    for (int key = 0; key < Config::kColumns; key += 16) {
+      wgmma<T, Major::kMN, Major::kMN>(dq, a + DsTile::row_distance(key), b + KTile::row_distance(key), key > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ Step read_step(int stage) const {
+    uint32_t words[2];
+    load_shared_64(words, base + Layout::kSteps + stage * 8);
+    return {static_cast<int>(words[0]), static_cast<int>(words[1])};
+  }
+
+  __device__ __forceinline__ void run(const KernelParams& p, int column_begin) {
+    int intervals_of = -1;
+    const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
+    const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
+    const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
+    const uint32_t dq_place = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4 + thread() * 16;
+
+    static_assert(Config::kStages == 2);  // as many as buffers of dS^T: one number tells both
+    Ring<2> ring;
+    uint32_t dq_parity = 1;  // the first round finds it empty
+    bool first = true;
+    // dQ of the previous step leaves while S^T of this one is computed. Nothing is in flight from one round to the
+    // next: the compiler would give up on it, and on registers that a product wrote in the round before, too, so these
+    // hold scaled copies.
+    float dq_scaled[Layout::kDqGroups][4];
+
+    const auto hand_over_dq = [&] {
+      barriers.dq_empty(consumer).wait(dq_parity);
+      dq_parity ^= 1;
+#pragma unroll
+      for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(dq_place + n * kWarpgroup * 16, dq_scaled[n]);
+      fence_async_proxy();
+      arrive_warp(barriers.dq_full(consumer));
+    };
+
+    barriers.k_full().wait(0);
+    barriers.v_full().wait(0);
+    while (true) {
+      const int stage = ring.stage;
+      barriers.q_full(stage).wait(ring.parity);
+      const Step step = read_step(stage);
+      if (step.tile < 0) break;
+
+      float scores[kGroups][4];
+      score_product(scores, Layout::kK, Layout::kQ, stage);
+      if (!first) hand_over_dq();
+      first = false;
+      float dp[kGroups][4];
+      barriers.do_full(stage).wait(ring.parity);
+      score_product(dp, Layout::kV, Layout::kDo, stage);
+      const uint32_t intervals = base + Layout::kBounds;
+      if ((step.tile & 1) && step.mask != intervals_of) {
+        intervals_of = step.mask;
+        load_intervals(p.op, step.mask, column_begin + consumer * 64, intervals + consumer * 64 * 16, thread(),
+                       1 + consumer);
+      }
+
+      wgmma_wait<1>();
+      fence_registers(scores);
+      if (step.tile & 1) {  // partial
+        mask_scores(scores, intervals, first_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(),
+                    masked_score);
+      }
+      const uint32_t row_data = base + stage * Config::kRows * 4 + lane() % 4 * 8;
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        const float2 lse = load_shared_float2(row_data + Layout::kLse + n * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[n][i] = exp2_fast(scores[n][i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+        }
+      }
+      uint32_t rounded_p[kSteps][4];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) pack_operand<T>(rounded_p[i], scores[2 * i], scores[2 * i + 1]);
+      gradient_product(dv, rounded_p, Layout::kDo, stage);
+
+      wgmma_wait<1>();
+      fence_registers(dp);
+      uint32_t rounded_ds[kSteps][4];
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        const float2 delta = load_shared_float2(row_data + Layout::kDelta + n * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          dp[n][i] = probability(scores, rounded_p, n, i) * (dp[n][i] - (i % 2 == 0 ? delta.x : delta.y));
+        }
+        if (n % 2 == 1) {
+          pack_operand<T>(rounded_ds[n / 2], dp[n - 1], dp[n]);
+          store_matrix(matrix_moved<DsTile>(ds_corner + stage * DsTile::kBytes, n / 2 * 16), rounded_ds[n / 2]);
+        }
+      }
+      fence_async_proxy();
+      arrive_warp(barriers.ds_full(stage));
+      gradient_product(dk, rounded_ds, Layout::kQ, stage);
+
+      wgmma_wait<1>();
+      fence_registers(dv);
+      fence_registers(rounded_p);
+      arrive_warp(barriers.do_empty(stage));
+
+      barriers.ds_full(stage).wait(ring.parity);
+      float dq[Layout::kDqGroups][4];
+      dq_product(dq, stage);
+      wgmma_wait<0>();
+      fence_registers(dk);
+      fence_registers(rounded_ds);
+      fence_registers(dq);
+      arrive_warp(barriers.q_empty(stage));
+#pragma unroll
+      for (int n = 0; n < Layout::kDqGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq_scaled[n][i] = dq[n][i] * p.op.softmax_scale;
+      }
+      ring.advance();
+    }
+    if (!first) hand_over_dq();
+  }
+
+ private:
+  // Element i of group n of P^T.
+  static __device__ __forceinline__ float probability(const float (&exact)[kGroups][4],
+                                                      const uint32_t (&rounded)[kSteps][4], int n, int i) {
+    if constexpr (Config::kRoundedP) {
+      const float2 pair = Half2<T>::unpack(rounded[n / 2][n % 2 * 2 + i / 2]);
+      return i % 2 == 0 ? pair.x : pair.y;
+    } else {
+      return exact[n][i];
+    }
+  }
+};
+
+}  // namespace flashmask::sm90

@@ -1,0 +1,27 @@
+// Register fragments of 16-bit values to shared memory.
+#pragma once
+
+#include <stdint.h>
+
+namespace flashmask::sm90 {
+
+// Four 8x8 matrices in the layout of accumulators and register operands (lane l holds row l / 4, columns 2 (l % 4) and
+// the next); lanes 8i .. 8i + 7 give the row addresses of matrix i.
+__device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(fragment[0]),
+               "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
+// Lane address for storing 16 rows x 16 columns (an operand of wgmma) at the corner (row, 0) of a tile of Panels;
+// `row` is a multiple of 8. Further columns: matrix_moved.
+template <typename Tile>
+__device__ __forceinline__ uint32_t matrix_corner(uint32_t base, int row, int lane) {
+  return base + Tile::chunk_offset(row + (lane & 15), lane >> 4);
+}
+template <typename Tile>
+__device__ __forceinline__ uint32_t matrix_moved(uint32_t corner, int column) {
+  return (corner ^ (column % Tile::kPanel * 2)) + column / Tile::kPanel * Tile::kPanelBytes;
+}
+
+}  // namespace flashmask::sm90
