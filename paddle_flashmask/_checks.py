@@ -128,12 +128,6 @@ def qkv_dtypes(query: Any, key: Any, value: Any) -> None:
         if dtype not in _FLOATS:
             hint = f"; {_CAST_HINT[dtype]}" if dtype in _CAST_HINT else ""
             raise TypeError(f"{name}.dtype: expected float32, bfloat16 or float16, got {dtype}{hint}")
-        # Static programs are placed when they run: the op says the same then.
-        if dtype not in _GPU_FLOATS and paddle.in_dynamic_mode() and operand.place.is_gpu_place():
-            raise TypeError(
-                f"{name}.dtype: expected bfloat16 or float16 on a GPU, got {dtype}; cast it (paddle.amp.auto_cast "
-                "does, where it is on)"
-            )
     for name, operand in (("key", key), ("value", value)):
         if dtype_name(operand) != dtype_name(query):
             raise TypeError(
@@ -149,6 +143,16 @@ def same_device(query: Any, others: dict[str, Any | None]) -> None:
     for name, other in others.items():
         if other is not None and str(other.place) != str(query.place):
             raise ValueError(f"{name}: expected a tensor on the device of query, {query.place}, got {other.place}")
+
+
+def dtype_on_gpu(query: Any) -> None:
+    """There are no float32 kernels for GPUs. Of a static program the op says so when it runs."""
+    dtype = dtype_name(query)
+    if dtype not in _GPU_FLOATS and paddle.in_dynamic_mode() and query.place.is_gpu_place():
+        raise TypeError(
+            f"query.dtype: expected bfloat16 or float16 on a GPU, got {dtype}; cast query, key and value "
+            "(paddle.amp.auto_cast does, where it is on)"
+        )
 
 
 def qkv_sizes(query: Any, key: Any, value: Any) -> Sizes:

@@ -143,6 +143,7 @@ def flashmask_attention(
     )
     others = {"key": key, "value": value, "startend_row_indices": startend_row_indices, "block_mask": block_mask}
     _checks.same_device(query, others)
+    _checks.dtype_on_gpu(query)
     if softmax_scale is None:
         if sizes.head_dim is None:
             raise ValueError("query.shape[3]: expected a known head dim where softmax_scale is None, got -1")
