@@ -121,9 +121,9 @@ class Direct:
             stream=stream_handle(),
             **views,
         )
-        size = max(
-            self.library.forward_workspace_bytes(self.params), self.library.backward_workspace_bytes(self.params)
-        )
+        self.forward_bytes = self.library.forward_workspace_bytes(self.params)
+        self.backward_bytes = self.library.backward_workspace_bytes(self.params)
+        size = max(self.forward_bytes, self.backward_bytes)
         # 0xFF bytes are NaN and huge counts: a kernel that reads what it did not write fails loudly.
         self.workspace = tensor(np.full(max(size, 1), 0xFF, np.uint8))
         self.params.workspace, self.params.workspace_bytes = self.workspace.data_ptr(), size

@@ -113,7 +113,8 @@ def main() -> int:
     print(f"{counts} in {time.monotonic() - start:.1f} s; {options.results}")
     for process in processes:
         print(process)
-    good = all(process["status"] == 0 for process in processes) and bool(tests)
+    # 5: nothing in the file can run on this device.
+    good = all(process["status"] in (0, 5) for process in processes) and "passed" in counts
     return 0 if good else 1
 
 
