@@ -99,17 +99,18 @@ def main() -> int:
     outcomes = [test["outcome"] for test in tests]
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
     gpu = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    results = {
+    head = {
+        "measured": time.strftime("%Y-%m-%d"),
         **json.loads((target / "info.json").read_text()),
         "device": options.device,
         "gpu": gpu if options.device == "gpu" else None,
         "ran_with": sys.version.split()[0],
         "counts": counts,
         "processes": processes,
-        "tests": tests,
     }
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    one_a_line = ",\n".join(f"  {json.dumps(test)}" for test in tests)
+    options.results.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "tests": [\n{one_a_line}\n ]\n}}\n')
     print(f"{counts} in {time.monotonic() - start:.1f} s; {options.results}")
     for process in processes:
         print(process)
