@@ -15,6 +15,12 @@ __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_128(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
@@ -44,7 +50,7 @@ struct Half2<__nv_bfloat16> {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
   static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));  // one instruction each
   }
 };
 

@@ -6,26 +6,29 @@
 
 namespace flashmask::sm90 {
 
-template <int kRows_, bool kSplitsDims_, bool kRoundedP_>
+template <int kRows_, int kQStages_, bool kSplitsDims_, bool kRoundedP_, bool kTurnIncludesDs_>
 struct BackwardShape {
   static constexpr int kRows = kRows_;  // queries of a row tile
   static constexpr int kColumns = 128;  // keys of a column tile: 64 for each of two consumer warpgroups
   static constexpr int kConsumers = 2;  // warpgroups
-  static constexpr int kStages = 2;     // of Q and dO
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
   // How the warpgroups share dQ: halves of the head dim, or halves of the rows.
   static constexpr bool kSplitsDims = kSplitsDims_;
   // dS from the rounded P^T, which dV needs anyway, instead of keeping P^T in float32 beside it.
   static constexpr bool kRoundedP = kRoundedP_;
+  // The warpgroups take turns at exponentials; whether a turn lasts until dS is computed too.
+  static constexpr bool kTurnIncludesDs = kTurnIncludesDs_;
 };
 
-// dK and dV of a warpgroup's 64 keys take head_dim registers of a thread, S^T and dP^T kRows: 192 of 240.
+// Registers decide: dK and dV of a warpgroup's 64 keys take head_dim of a thread's 240, S^T and dP^T kRows, and the
+// rounded operands kRows / 4 each. Measured in docs/performance-log.md.
 template <int kHeadDim>
 struct BackwardConfig;
 template <>
-struct BackwardConfig<64> : BackwardShape<128, false, true> {};
+struct BackwardConfig<64> : BackwardShape<128, 2, false, true, false> {};
 template <>
-struct BackwardConfig<128> : BackwardShape<64, true, false> {};
+struct BackwardConfig<128> : BackwardShape<64, 3, true, false, true> {};
 
 template <int kHeadDim>
 struct BackwardLayout {
@@ -41,16 +44,18 @@ struct BackwardLayout {
   static constexpr int kK = 0;
   static constexpr int kV = kK + KTile::kBytes;
   static constexpr int kQ = kV + KTile::kBytes;
-  static constexpr int kDo = kQ + Config::kStages * QTile::kBytes;
-  static constexpr int kDs = kDo + Config::kStages * QTile::kBytes;  // two, taken in turn
-  static constexpr int kDq = kDs + 2 * DsTile::kBytes;
+  static constexpr int kDo = kQ + Config::kQStages * QTile::kBytes;
+  static constexpr int kDs = kDo + Config::kDoStages * QTile::kBytes;
+  static constexpr int kDq = kDs + Config::kDsBuffers * DsTile::kBytes;
   static constexpr int kLse = kDq + Config::kConsumers * kDqPartFloats * 4;
-  static constexpr int kDelta = kLse + Config::kStages * Config::kRows * 4;
-  static constexpr int kBounds = kDelta + Config::kStages * Config::kRows * 4;  // int4 a key: its two intervals
-  static constexpr int kSteps = kBounds + Config::kColumns * 16;                // int2 a stage: see Step
-  static constexpr int kBarriers = kSteps + Config::kStages * 8;
-  static constexpr int kBarrierCount = 4 * Config::kStages + 4 + 2 * Config::kConsumers;
+  static constexpr int kDelta = kLse + Config::kQStages * Config::kRows * 4;
+  static constexpr int kBounds = kDelta + Config::kDoStages * Config::kRows * 4;  // int4 a key: its two intervals
+  static constexpr int kSteps = kBounds + Config::kColumns * 16;                  // a Step for each stage of Q
+  static constexpr int kBarriers = kSteps + Config::kQStages * 8;
+  static constexpr int kBarrierCount =
+      2 * (Config::kQStages + Config::kDoStages + Config::kDsBuffers + Config::kConsumers) + 2;
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
+  static_assert(kBytes <= 227 * 1024);
 };
 
 // What the producer tells the consumers of a stage.
@@ -64,40 +69,50 @@ template <int kHeadDim>
 struct BackwardBarriers {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
-  static constexpr int kStages = Config::kStages, kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  static constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  static constexpr int kQ = 0, kDo = kQ + 2 * Config::kQStages, kDs = kDo + 2 * Config::kDoStages,
+                       kDq = kDs + 2 * Config::kDsBuffers, kKV = kDq + 2 * Config::kConsumers;
   uint32_t base;  // of the shared memory
 
   __device__ __forceinline__ Barrier at(int index) const { return Barrier{base + Layout::kBarriers + index * 8}; }
-  __device__ __forceinline__ Barrier q_full(int stage) const { return at(stage); }
-  __device__ __forceinline__ Barrier q_empty(int stage) const { return at(kStages + stage); }
-  __device__ __forceinline__ Barrier do_full(int stage) const { return at(2 * kStages + stage); }
-  __device__ __forceinline__ Barrier do_empty(int stage) const { return at(3 * kStages + stage); }
-  __device__ __forceinline__ Barrier k_full() const { return at(4 * kStages); }
-  __device__ __forceinline__ Barrier v_full() const { return at(4 * kStages + 1); }
-  // dS^T of all keys is there. That it may be overwritten needs no barrier: with two buffers, whoever has seen the
-  // other warpgroup's dS^T of the step between knows that the other is done with the older one.
-  __device__ __forceinline__ Barrier ds_full(int buffer) const { return at(4 * kStages + 2 + buffer); }
-  __device__ __forceinline__ Barrier dq_full(int consumer) const { return at(4 * kStages + 4 + consumer); }
-  __device__ __forceinline__ Barrier dq_empty(int consumer) const {
-    return at(4 * kStages + 4 + Config::kConsumers + consumer);
-  }
+  __device__ __forceinline__ Barrier q_full(int stage) const { return at(kQ + stage); }
+  __device__ __forceinline__ Barrier q_empty(int stage) const { return at(kQ + Config::kQStages + stage); }
+  __device__ __forceinline__ Barrier do_full(int stage) const { return at(kDo + stage); }
+  __device__ __forceinline__ Barrier do_empty(int stage) const { return at(kDo + Config::kDoStages + stage); }
+  // dS^T of all keys is there; both warpgroups have multiplied it.
+  __device__ __forceinline__ Barrier ds_full(int buffer) const { return at(kDs + buffer); }
+  __device__ __forceinline__ Barrier ds_empty(int buffer) const { return at(kDs + Config::kDsBuffers + buffer); }
+  __device__ __forceinline__ Barrier dq_full(int consumer) const { return at(kDq + consumer); }
+  __device__ __forceinline__ Barrier dq_empty(int consumer) const { return at(kDq + Config::kConsumers + consumer); }
+  __device__ __forceinline__ Barrier k_full() const { return at(kKV); }
+  __device__ __forceinline__ Barrier v_full() const { return at(kKV + 1); }
 
   __device__ __forceinline__ void init() const {
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < Config::kQStages; ++stage) {
       q_full(stage).init(1);
       q_empty(stage).init(kConsumerWarps);
+    }
+    for (int stage = 0; stage < Config::kDoStages; ++stage) {
       do_full(stage).init(1);
       do_empty(stage).init(kConsumerWarps);
     }
-    k_full().init(1);
-    v_full().init(1);
-    for (int buffer = 0; buffer < 2; ++buffer) ds_full(buffer).init(kConsumerWarps);
+    for (int buffer = 0; buffer < Config::kDsBuffers; ++buffer) {
+      ds_full(buffer).init(kConsumerWarps);
+      ds_empty(buffer).init(kConsumerWarps);
+    }
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       dq_full(consumer).init(kWarpgroup / 32);
       dq_empty(consumer).init(1);
     }
+    k_full().init(1);
+    v_full().init(1);
     publish_barriers();
   }
 };
+
+// Where in a row tile's lse or delta a row stands: the four values that a thread needs of 16 rows are neighbours.
+__device__ __forceinline__ int row_place(int row) {
+  return (row & ~15) | (row % 8 / 2 * 4) | (row % 16 / 8 * 2) | (row % 2);
+}
 
 }  // namespace flashmask::sm90

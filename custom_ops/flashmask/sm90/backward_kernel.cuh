@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_gradients(BackwardConsumer<T, kHeadDim>& c
     store_matrix(place + Layout::kK, rounded);
   }
   fence_async_proxy();
-  named_barrier_sync(1 + consumer.consumer, kWarpgroup);
+  named_barrier_sync(kOwnBarrier + consumer.consumer, kWarpgroup);
   if (consumer.thread() == 0) {
 #pragma unroll
     for (int panel = 0; panel < KTile::kPanels; ++panel) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_gradients(BackwardConsumer<T, kHeadDim>& c
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kDeterministic>
 __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ BackwardMaps maps) {
   using Layout = BackwardLayout<kHeadDim>;
@@ -60,24 +60,25 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = shared_address(shared);
 
-  int* ticket = reinterpret_cast<int*>(shared + Layout::kBounds);  // free until the first bounds come
-  if (threadIdx.x == 0) {
-    BackwardBarriers<kHeadDim>{base}.init();
-    if (p.turns != nullptr) {
-      *ticket = atomicAdd(p.turns + static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles, 1);
-    }
+  if (threadIdx.x == 0) BackwardBarriers<kHeadDim>{base}.init();
+  int number = blockIdx.x;
+  if constexpr (kDeterministic) {
+    int* ticket = reinterpret_cast<int*>(shared + Layout::kBounds);  // free until the first bounds come
+    int* counter = p.turns + static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles;
+    if (threadIdx.x == 0) *ticket = atomicAdd(counter, 1);
+    __syncthreads();
+    number = *ticket;
   }
   __syncthreads();
-  const BackwardBlock block(p, p.turns != nullptr ? *ticket : blockIdx.x, Config::kColumns);
-  if (p.turns != nullptr) __syncthreads();
+  const BackwardBlock block(p, number, Config::kColumns);
 
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<24>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
-      bring_tiles<kHeadDim>(p, maps, block, shared);
+      bring_tiles<kHeadDim>(p, maps, block, base);
     } else if (warp <= Config::kConsumers) {
-      take_dq_away<kHeadDim>(p, block, base, warp - 1);
+      take_dq_away<kHeadDim, kDeterministic>(p, block, base, warp - 1);
     }
   } else {
     grow_registers<240>();
@@ -125,7 +126,7 @@ cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
   BackwardMaps maps;
   cudaError_t status = make_backward_maps<kHeadDim>(p.op, &maps);
   if (status != cudaSuccess) return status;
-  const auto kernel = backward_kernel<T, kHeadDim>;
+  const auto kernel = p.turns != nullptr ? backward_kernel<T, kHeadDim, true> : backward_kernel<T, kHeadDim, false>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
   if (status != cudaSuccess) return status;
   kernel<<<blocks, Layout::Config::kThreads, Layout::kBytes, stream>>>(p, maps);

@@ -1,14 +1,18 @@
-// What one consumer warpgroup does for its 64 keys, over all steps of the block.
+// What one consumer warpgroup does for its 64 keys, over all steps (row tiles) of the block.
 //
-// Products are issued early and waited for late, so that the tensor cores have work while this warpgroup computes
-// exponentials (see docs/hopper-kernel.md for the picture):
+// Products are issued early and waited for late, so that the tensor cores have work while exponentials are computed
+// (docs/hopper-kernel.md has the picture):
 //
-//   in flight               meanwhile
-//   S^T of this step        -
-//   dP^T                    mask, P^T = exp2(S^T), rounded
-//   dV += P^T dO            dS^T = P^T (dP^T - delta), rounded, to shared memory
-//   dK += dS^T Q            wait for the other warpgroup's dS^T
-//   dQ, next step's S^T     dQ to shared memory
+//   issued                     meanwhile
+//   S^T = K Q^T                dQ of two steps ago to shared memory
+//   dP^T = V dO^T              wait for S^T and for this warpgroup's turn; mask; P^T = exp2(S^T), rounded
+//   dV += P^T dO               wait for dP^T; dS^T = P^T (dP^T - delta), rounded, to shared memory
+//   dK += dS^T Q
+//   dQ of the step before      wait for all
+//
+// dQ = dS K needs the other warpgroup's dS^T. It is computed one step late, when that has long been there: so the
+// warpgroups need not walk in step, and they take turns at the exponentials, one computing while the other
+// multiplies.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -19,8 +23,8 @@
 
 namespace flashmask::sm90 {
 
-// Named barriers: 1 and 2 for one consumer warpgroup each, 3 for both.
-constexpr int kAllConsumers = 3;
+// Named barriers: of one consumer warpgroup, of both, and "it is this warpgroup's turn".
+constexpr int kOwnBarrier = 1, kAllConsumers = 3, kTurnBarrier = 4;
 
 __device__ __forceinline__ void store_shared_128(uint32_t address, int4 value) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
@@ -32,10 +36,11 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, const floa
                "f"(value[3])
                : "memory");
 }
-__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
+__device__ __forceinline__ void load_shared_float4(float (&value)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+               : "r"(address)
+               : "memory");
 }
 
 // One arrival per warp, after all its lanes came here.
@@ -175,113 +180,156 @@ struct BackwardConsumer {
     return {static_cast<int>(words[0]), static_cast<int>(words[1])};
   }
 
+  // dQ, scaled, on its way out: to shared memory, and then the word to the warp that adds it to global memory.
+  __device__ __forceinline__ void store_dq(const float (&dq)[Layout::kDqGroups][4], uint32_t place, Ring<1>* slot) {
+    barriers.dq_empty(consumer).wait(slot->parity ^ 1);
+    slot->advance();
+#pragma unroll
+    for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(place + n * kWarpgroup * 16, dq[n]);
+  }
+  __device__ __forceinline__ void hand_over_dq() {
+    fence_async_proxy();
+    arrive_warp(barriers.dq_full(consumer));
+  }
+
+  __device__ __forceinline__ void begin_turn() { named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup); }
+  __device__ __forceinline__ void end_turn() { named_barrier_arrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup); }
+
   __device__ __forceinline__ void run(const KernelParams& p, int column_begin) {
-    int intervals_of = -1;
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
     const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
     const uint32_t dq_place = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4 + thread() * 16;
+    const uint32_t intervals = base + Layout::kBounds;
+    int intervals_of = -1;  // which mask
 
-    static_assert(Config::kStages == 2);  // as many as buffers of dS^T: one number tells both
-    Ring<2> ring;
-    uint32_t dq_parity = 1;  // the first round finds it empty
-    bool first = true;
-    // dQ of the previous step leaves while S^T of this one is computed. Nothing is in flight from one round to the
-    // next: the compiler would give up on it, and on registers that a product wrote in the round before, too, so these
-    // hold scaled copies.
+    Ring<Config::kQStages> q;
+    Ring<Config::kDoStages> dout;
+    Ring<Config::kDsBuffers> ds, previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
+    Ring<1> dq_slot;
+    int count = 0;
+    // Nothing is in flight from one round to the next: the compiler would give up on it, and on registers that a
+    // product wrote in the round before, too, so these are scaled copies.
     float dq_scaled[Layout::kDqGroups][4];
-
-    const auto hand_over_dq = [&] {
-      barriers.dq_empty(consumer).wait(dq_parity);
-      dq_parity ^= 1;
+    const auto scale_dq = [&](const float (&product)[Layout::kDqGroups][4]) {
 #pragma unroll
-      for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(dq_place + n * kWarpgroup * 16, dq_scaled[n]);
-      fence_async_proxy();
-      arrive_warp(barriers.dq_full(consumer));
+      for (int n = 0; n < Layout::kDqGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq_scaled[n][i] = product[n][i] * p.op.softmax_scale;
+      }
     };
 
     barriers.k_full().wait(0);
     barriers.v_full().wait(0);
+    if (consumer == 1) end_turn();  // so the other comes first
     while (true) {
-      const int stage = ring.stage;
-      barriers.q_full(stage).wait(ring.parity);
-      const Step step = read_step(stage);
+      barriers.q_full(q.stage).wait(q.parity);
+      const Step step = read_step(q.stage);
       if (step.tile < 0) break;
+      const bool partial = step.tile & 1;
+      const bool has_dq = count >= 2;
+      ++count;
 
-      float scores[kGroups][4];
-      score_product(scores, Layout::kK, Layout::kQ, stage);
-      if (!first) hand_over_dq();
-      first = false;
-      float dp[kGroups][4];
-      barriers.do_full(stage).wait(ring.parity);
-      score_product(dp, Layout::kV, Layout::kDo, stage);
-      const uint32_t intervals = base + Layout::kBounds;
-      if ((step.tile & 1) && step.mask != intervals_of) {
+      float scores[kGroups][4], dp[kGroups][4];
+      score_product(scores, Layout::kK, Layout::kQ, q.stage);
+      if (has_dq) store_dq(dq_scaled, dq_place, &dq_slot);
+      barriers.do_full(dout.stage).wait(dout.parity);
+      score_product(dp, Layout::kV, Layout::kDo, dout.stage);
+      if (has_dq) hand_over_dq();
+
+      // Statistics of 16 rows come at a time; as many as there are registers for are loaded before they are needed.
+      constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? kSteps : 1;
+      float lse[kSteps][4], delta[kSteps][4];
+      const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
+      const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
+#pragma unroll
+      for (int k = 0; k < kLseAhead; ++k) load_shared_float4(lse[k], lse_place + k * 64);
+      if (partial && step.mask != intervals_of) {
         intervals_of = step.mask;
         load_intervals(p.op, step.mask, column_begin + consumer * 64, intervals + consumer * 64 * 16, thread(),
-                       1 + consumer);
+                       kOwnBarrier + consumer);
       }
 
       wgmma_wait<1>();
       fence_registers(scores);
-      if (step.tile & 1) {  // partial
+      begin_turn();
+      if (partial) {
         mask_scores(scores, intervals, first_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(),
                     masked_score);
       }
-      const uint32_t row_data = base + stage * Config::kRows * 4 + lane() % 4 * 8;
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        const float2 lse = load_shared_float2(row_data + Layout::kLse + n * 32);
+      for (int k = 0; k < kSteps; ++k) {
+        if (k + kLseAhead < kSteps) load_shared_float4(lse[k + kLseAhead], lse_place + (k + kLseAhead) * 64);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          scores[n][i] = exp2_fast(scores[n][i] * scale_log2 - (i % 2 == 0 ? lse.x : lse.y));
+        for (int i = 0; i < 8; ++i) {
+          float& score = scores[2 * k + i / 4][i % 4];
+          score = exp2_fast(score * scale_log2 - lse[k][i / 4 * 2 + i % 2]);
         }
       }
       uint32_t rounded_p[kSteps][4];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) pack_operand<T>(rounded_p[i], scores[2 * i], scores[2 * i + 1]);
-      gradient_product(dv, rounded_p, Layout::kDo, stage);
+      for (int k = 0; k < kSteps; ++k) pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
+      gradient_product(dv, rounded_p, Layout::kDo, dout.stage);
+      if constexpr (!Config::kTurnIncludesDs) end_turn();
 
+#pragma unroll
+      for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
+      barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
       wgmma_wait<1>();
       fence_registers(dp);
       uint32_t rounded_ds[kSteps][4];
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        const float2 delta = load_shared_float2(row_data + Layout::kDelta + n * 32);
+      for (int k = 0; k < kSteps; ++k) {
+        if (k + kDeltaAhead < kSteps) load_shared_float4(delta[k + kDeltaAhead], delta_place + (k + kDeltaAhead) * 64);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          dp[n][i] = probability(scores, rounded_p, n, i) * (dp[n][i] - (i % 2 == 0 ? delta.x : delta.y));
+        for (int i = 0; i < 8; ++i) {
+          const int n = 2 * k + i / 4;
+          dp[n][i % 4] = probability(scores, rounded_p, n, i % 4) * (dp[n][i % 4] - delta[k][i / 4 * 2 + i % 2]);
         }
-        if (n % 2 == 1) {
-          pack_operand<T>(rounded_ds[n / 2], dp[n - 1], dp[n]);
-          store_matrix(matrix_moved<DsTile>(ds_corner + stage * DsTile::kBytes, n / 2 * 16), rounded_ds[n / 2]);
-        }
+        pack_operand<T>(rounded_ds[k], dp[2 * k], dp[2 * k + 1]);
+        store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, k * 16), rounded_ds[k]);
       }
+      if constexpr (Config::kTurnIncludesDs) end_turn();
       fence_async_proxy();
-      arrive_warp(barriers.ds_full(stage));
-      gradient_product(dk, rounded_ds, Layout::kQ, stage);
+      arrive_warp(barriers.ds_full(ds.stage));
+      gradient_product(dk, rounded_ds, Layout::kQ, q.stage);
 
       wgmma_wait<1>();
       fence_registers(dv);
       fence_registers(rounded_p);
-      arrive_warp(barriers.do_empty(stage));
+      arrive_warp(barriers.do_empty(dout.stage));
 
-      barriers.ds_full(stage).wait(ring.parity);
+      // In the first round this multiplies whatever the shared memory holds, and the product is dropped: a branch
+      // around a product would make the compiler wait for those in flight.
       float dq[Layout::kDqGroups][4];
-      dq_product(dq, stage);
+      barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
+      dq_product(dq, previous_ds.stage);
       wgmma_wait<0>();
       fence_registers(dk);
       fence_registers(rounded_ds);
       fence_registers(dq);
-      arrive_warp(barriers.q_empty(stage));
-#pragma unroll
-      for (int n = 0; n < Layout::kDqGroups; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dq_scaled[n][i] = dq[n][i] * p.op.softmax_scale;
-      }
-      ring.advance();
+      arrive_warp(barriers.q_empty(q.stage));
+      if (count > 1) arrive_warp(barriers.ds_empty(previous_ds.stage));
+      scale_dq(dq);
+      previous_ds = ds;
+      q.advance();
+      dout.advance();
+      ds.advance();
     }
-    if (!first) hand_over_dq();
+    if (consumer == 0) begin_turn();  // every end of a turn has met its beginning
+    if (count == 0) return;
+    if (count > 1) {
+      store_dq(dq_scaled, dq_place, &dq_slot);
+      hand_over_dq();
+    }
+    float dq[Layout::kDqGroups][4];
+    barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
+    dq_product(dq, previous_ds.stage);
+    wgmma_wait<0>();
+    fence_registers(dq);
+    scale_dq(dq);
+    store_dq(dq_scaled, dq_place, &dq_slot);
+    hand_over_dq();
   }
 
  private:

@@ -63,20 +63,24 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
   }
 }
 
+__device__ __forceinline__ void write_step(uint32_t address, Step step) {
+  asm volatile("st.shared.v2.s32 [%0], {%1, %2};\n" ::"r"(address), "r"(step.tile), "r"(step.mask) : "memory");
+}
+
 // One warp: K and V once, then Q, dO and their rows' lse and delta, step by step.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_tiles(const KernelParams& p, const BackwardMaps& maps, const BackwardBlock& block,
-                                            char* shared) {
+                                            uint32_t shared_base) {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using KTile = typename Layout::KTile;
   using QTile = typename Layout::QTile;
   constexpr int kRowBytes = Config::kRows * 4;  // of lse and delta
-  const uint32_t base = shared_address(shared);
-  const BackwardBarriers<kHeadDim> barriers{base};
+  const BackwardBarriers<kHeadDim> barriers{shared_base};
   const bool leader = threadIdx.x % 32 == 0;
 
   if (leader) {
+    const uint32_t base = shared_base;
     const auto load = [&](int place, const CUtensorMap& map, Barrier barrier) {
       barrier.arrive_expecting(KTile::kBytes);
 #pragma unroll
@@ -89,34 +93,42 @@ __device__ __forceinline__ void bring_tiles(const KernelParams& p, const Backwar
     load(Layout::kV, maps.v, barriers.v_full());
   }
 
-  Ring<Config::kStages> ring;
+  Ring<Config::kQStages> q_ring;
+  Ring<Config::kDoStages> do_ring;
   for_each_tile<Config>(p, block, [&](int head, int tile, bool partial) {
+    const uint32_t base = opaque(shared_base);
+    const BackwardBarriers<kHeadDim> barriers{base};
     const int row = tile * Config::kRows;
     const int64_t query = block.batch_head(p.op, head) * p.padded_rows + row;
-    const auto load = [&](int place, const CUtensorMap& map, int rows_place, const float* rows, Barrier barrier) {
+    const auto load = [&](uint32_t place, const CUtensorMap& map, uint32_t rows_place, const float* rows,
+                          Barrier barrier) {
       barrier.arrive_expecting(QTile::kBytes + kRowBytes);
 #pragma unroll
       for (int panel = 0; panel < QTile::kPanels; ++panel) {
-        load_box(base + place + ring.stage * QTile::kBytes + panel * QTile::kPanelBytes, map, barrier.address,
-                 panel * QTile::kPanel, row, head, block.batch);
+        load_box(place + panel * QTile::kPanelBytes, map, barrier.address, panel * QTile::kPanel, row, head,
+                 block.batch);
       }
-      load_bytes(base + rows_place + ring.stage * kRowBytes, rows + query, kRowBytes, barrier.address);
+      load_bytes(rows_place, rows + query, kRowBytes, barrier.address);
     };
-    barriers.q_empty(ring.stage).wait(ring.parity ^ 1);
+    barriers.q_empty(q_ring.stage).wait(q_ring.parity ^ 1);
     if (leader) {
-      reinterpret_cast<Step*>(shared + Layout::kSteps)[ring.stage] =
-          Step{2 * tile + partial, block.mask_index(p.op, head)};
-      load(Layout::kQ, maps.q, Layout::kLse, p.query_lse, barriers.q_full(ring.stage));
+      write_step(base + Layout::kSteps + q_ring.stage * 8, Step{2 * tile + partial, block.mask_index(p.op, head)});
+      load(base + Layout::kQ + q_ring.stage * QTile::kBytes, maps.q, base + Layout::kLse + q_ring.stage * kRowBytes,
+           p.query_lse, barriers.q_full(q_ring.stage));
     }
-    barriers.do_empty(ring.stage).wait(ring.parity ^ 1);
-    if (leader) load(Layout::kDo, maps.dout, Layout::kDelta, p.query_delta, barriers.do_full(ring.stage));
+    barriers.do_empty(do_ring.stage).wait(do_ring.parity ^ 1);
+    if (leader) {
+      load(base + Layout::kDo + do_ring.stage * QTile::kBytes, maps.dout,
+           base + Layout::kDelta + do_ring.stage * kRowBytes, p.query_delta, barriers.do_full(do_ring.stage));
+    }
     __syncwarp();
-    ring.advance();
+    q_ring.advance();
+    do_ring.advance();
   });
-  barriers.q_empty(ring.stage).wait(ring.parity ^ 1);
+  barriers.q_empty(q_ring.stage).wait(q_ring.parity ^ 1);
   if (leader) {
-    reinterpret_cast<Step*>(shared + Layout::kSteps)[ring.stage] = Step{-1, 0};
-    barriers.q_full(ring.stage).arrive();
+    write_step(shared_base + Layout::kSteps + q_ring.stage * 8, Step{-1, 0});
+    barriers.q_full(q_ring.stage).arrive();
   }
 }
 
@@ -142,19 +154,20 @@ __device__ __forceinline__ void wait_for_turn(const KernelParams& p, const int32
 }
 
 // One warp per consumer warpgroup: adds its part of dQ to global memory, step by step.
-template <int kHeadDim>
-__device__ __forceinline__ void take_dq_away(const KernelParams& p, const BackwardBlock& block, uint32_t base,
+template <int kHeadDim, bool kDeterministic>
+__device__ __forceinline__ void take_dq_away(const KernelParams& p, const BackwardBlock& block, uint32_t shared_base,
                                              int consumer) {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   constexpr int kPartBytes = Layout::kDqPartFloats * 4;
-  const BackwardBarriers<kHeadDim> barriers{base};
   const bool leader = threadIdx.x % 32 == 0;
   uint32_t parity = 0;
   for_each_tile<Config>(p, block, [&](int head, int tile, bool) {
+    const uint32_t base = opaque(shared_base);  // few registers: nothing is worth keeping from step to step
+    const BackwardBarriers<kHeadDim> barriers{base};
     const int64_t batch_head = block.batch_head(p.op, head);
     int32_t* turn = p.turns + batch_head * p.lists.row_tiles + tile;
-    if (p.turns != nullptr) {
+    if constexpr (kDeterministic) {
       wait_for_turn<Config>(p, turn, block.mask_index(p.op, head), tile, block.column_tile, Config::kConsumers);
     }
     barriers.dq_full(consumer).wait(parity);
@@ -166,7 +179,7 @@ __device__ __forceinline__ void take_dq_away(const KernelParams& p, const Backwa
       commit_stores();
       wait_stores_read<0>();
       barriers.dq_empty(consumer).arrive();
-      if (p.turns != nullptr) {
+      if constexpr (kDeterministic) {
         wait_stores<0>();
         asm volatile("fence.proxy.async.global;\n" ::: "memory");
         __threadfence();

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
       const float natural = op.lse[static_cast<int64_t>(batch_head) * op.seqlen_q + row];
       if (natural != -CUDART_INF_F) lse = natural * CUDART_L2E_F;
     }
-    const int64_t index = static_cast<int64_t>(batch_head) * p.padded_rows + row;
+    const int64_t index = static_cast<int64_t>(batch_head) * p.padded_rows + row_place(row);
     p.query_lse[index] = lse;
     p.query_delta[index] = delta;
   }
