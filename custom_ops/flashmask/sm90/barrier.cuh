@@ -40,6 +40,15 @@ struct Barrier {
         : "memory");
     return done != 0;
   }
+  // For a whole warp, which stays together: the compiler cannot know that of the other loop.
+  __device__ __forceinline__ void wait_warp(uint32_t parity) const {
+#ifdef FLASHMASK_TRAP_ON_HANG
+    wait(parity);
+#else
+    while (__any_sync(0xFFFFFFFFu, !try_wait(parity))) {
+    }
+#endif
+  }
   __device__ __forceinline__ void wait(uint32_t parity) const {
 #ifdef FLASHMASK_TRAP_ON_HANG  // for debugging: a deadlock becomes an error that names the barrier
     const long long start = clock64();
@@ -61,6 +70,10 @@ struct Barrier {
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
+
+// The same value in all lanes of a warp, told to the compiler: it then keeps it, and what follows from it, in the uniform
+// registers that wgmma's descriptors come from, and knows that branches on it do not divide the warp.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }
 
 // A position in a ring of kStages buffers, with the parity of the round. A consumer waits for its `full` barrier with
 // `parity`, a producer for its `empty` barrier with `parity ^ 1` (which lets the first round pass at once).

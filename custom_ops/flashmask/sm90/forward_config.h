@@ -5,11 +5,15 @@
 
 namespace flashmask::sm90 {
 
-// kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V.
-template <int kConsumers_, int kColumns_, int kStages_, bool kOutputInQuery_ = false>
+constexpr int kRowsPerWarpgroup = 64;
+
+// kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V, kQStages for Q, kMaskStages for
+// element masks.
+template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_, bool kOutputInQuery_ = false>
 struct ForwardShape {
-  static constexpr int kConsumers = kConsumers_, kColumns = kColumns_, kStages = kStages_;
-  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kConsumers = kConsumers_, kColumns = kColumns_;
+  static constexpr int kStages = kStages_, kQStages = kQStages_, kMaskStages = kMaskStages_;
+  static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Out goes through the place of Q where there is no room for its own; the next Q then waits for it.
   static constexpr bool kOutputInQuery = kOutputInQuery_;
@@ -21,23 +25,23 @@ struct ForwardShape {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kStartRegisters);
   // A warp prepares the element masks of 64 columns.
   static constexpr int kMaskWarps = kColumns / 64;
-  static constexpr int kMaskStages = 2;
   static constexpr int kWorkStages = 2;
+  static constexpr int kOrderStages = 8;
 };
 
 // 128 columns where the tiles fit: fewer turns of the softmax's fixed costs. Tile sizes divide the block mask's 128.
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
-struct ForwardConfig<64> : ForwardShape<2, 128, 3> {};
+struct ForwardConfig<64> : ForwardShape<3, 128, 3, 2, 2> {};
 template <>
-struct ForwardConfig<96> : ForwardShape<2, 128, 2> {};
+struct ForwardConfig<96> : ForwardShape<2, 128, 2, 2, 2> {};
 template <>
-struct ForwardConfig<128> : ForwardShape<2, 128, 2> {};
+struct ForwardConfig<128> : ForwardShape<2, 128, 2, 2, 1> {};
 template <>
-struct ForwardConfig<192> : ForwardShape<2, 64, 2> {};
+struct ForwardConfig<192> : ForwardShape<2, 64, 2, 1, 2> {};
 template <>
-struct ForwardConfig<256> : ForwardShape<2, 64, 2, true> {};
+struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, true> {};
 
 template <int kHeadDim>
 struct ForwardLayout {
@@ -50,16 +54,17 @@ struct ForwardLayout {
   static constexpr int kMaskBytes = Config::kRows / 16 * 4 * kMaskStride * 4;
 
   static constexpr int kQ = 0;
-  static constexpr int kK = kQ + QTile::kBytes;
+  static constexpr int kK = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kV = kK + Config::kStages * KTile::kBytes;
   static constexpr int kOut = Config::kOutputInQuery ? kQ : kV + Config::kStages * KTile::kBytes;
   static constexpr int kMask = kV + Config::kStages * KTile::kBytes + (Config::kOutputInQuery ? 0 : QTile::kBytes);
   static constexpr int kWork = kMask + Config::kMaskStages * kMaskBytes;
-  static constexpr int kTileInfo = kWork + Config::kWorkStages * 16;
+  static constexpr int kOrders = kWork + Config::kWorkStages * 16;
+  static constexpr int kTileFlags = kOrders + Config::kOrderStages * 16;
   // Barriers: 8 bytes each.
-  static constexpr int kQFull = kTileInfo + (Config::kStages * 4 + 7) / 8 * 8;
-  static constexpr int kQEmpty = kQFull + 8;
-  static constexpr int kKFull = kQEmpty + 8;
+  static constexpr int kQFull = kTileFlags + (Config::kStages * 4 + 7) / 8 * 8;
+  static constexpr int kQEmpty = kQFull + Config::kQStages * 8;
+  static constexpr int kKFull = kQEmpty + Config::kQStages * 8;
   static constexpr int kKEmpty = kKFull + Config::kStages * 8;
   static constexpr int kVFull = kKEmpty + Config::kStages * 8;
   static constexpr int kVEmpty = kVFull + Config::kStages * 8;
@@ -67,8 +72,10 @@ struct ForwardLayout {
   static constexpr int kMaskEmpty = kMaskFull + Config::kMaskStages * 8;
   static constexpr int kWorkFull = kMaskEmpty + Config::kMaskStages * 8;
   static constexpr int kWorkEmpty = kWorkFull + Config::kWorkStages * 8;
-  static constexpr int kEnd = kWorkEmpty + Config::kWorkStages * 8;
-  static constexpr int kBytes = kEnd + 1024;  // the start is moved up to a multiple of 1,024
+  static constexpr int kOrderFull = kWorkEmpty + Config::kWorkStages * 8;
+  static constexpr int kOrderEmpty = kOrderFull + Config::kOrderStages * 8;
+  static constexpr int kBytes = kOrderEmpty + Config::kOrderStages * 8;
+  static_assert(!Config::kOutputInQuery || Config::kQStages == 1);
   static_assert(kBytes <= 227 * 1024, "what a block may have");
 };
 

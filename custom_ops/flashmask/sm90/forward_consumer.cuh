@@ -43,128 +43,178 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
 
   Ring<Config::kStages> k_ring, v_ring;
   Ring<Config::kMaskStages> mask_ring;
-  Ring<Config::kWorkStages> work_ring;
-  uint32_t q_parity = 0;
+  Ring<Config::kWorkStages> row_tile_ring;
+  Ring<Config::kQStages> q_ring;
   const auto release = [&](int barrier) {
     __syncwarp();
     if (lane == 0) Barrier{shared + barrier}.arrive();
   };
 
-  while (true) {
-    const ForwardWork work = read_work<kHeadDim>(shared, &work_ring, lane);
-    if (work.row_tile < 0) break;
-    float output[kHeadDim / 8][4];
+  float output[kHeadDim / 8][4];
+  float scores[kScoreGroups][4];
+  uint32_t weights[kSteps][4];
+  uint32_t flags;  // of the tile that K holds next
+  bool open;       // whether that belongs to the row tile at work
+  OnlineSoftmax softmax;
+
+  const auto wait_k = [&] {
+    Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
+    flags = uniform(load_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4));
+  };
+  // Whether these 64 rows see anything of it, or need element masks.
+  const auto is_seen = [&] { return __any_sync(kAllLanes, flags >> warpgroup & 1); };
+  const auto is_partial = [&] { return __any_sync(kAllLanes, flags >> (kPartialShift + warpgroup) & 1); };
+  const auto release_k = [&] {
+    open = __any_sync(kAllLanes, !(flags & kLast));
+    release(Layout::kKEmpty + k_ring.stage * 8);
+    k_ring.advance();
+    if (!open && !Config::kOutputInQuery) {
+      release(Layout::kQEmpty + q_ring.stage * 8);
+      q_ring.advance();
+    }
+  };
+  const auto wait_q = [&] { Barrier{shared + Layout::kQFull + q_ring.stage * 8}.wait_warp(q_ring.parity); };
+  const auto wait_v = [&] { Barrier{shared + Layout::kVFull + v_ring.stage * 8}.wait_warp(v_ring.parity); };
+  const auto release_v = [&] {
+    release(Layout::kVEmpty + v_ring.stage * 8);
+    v_ring.advance();
+  };
+  // Element masks are made for the rows of all warpgroups if any of them needs them.
+  const auto take_mask = [&](bool apply) {
+    if (!__any_sync(kAllLanes, flags & kAnyPartial)) return;
+    Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait_warp(mask_ring.parity);
+    if (apply) {
+      apply_mask<kHeadDim>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
+    }
+    release(Layout::kMaskEmpty + mask_ring.stage * 8);
+    mask_ring.advance();
+  };
+  const auto issue_scores = [&] {
+    const uint64_t q = QTile::along_columns(shared + Layout::kQ + q_ring.stage * QTile::kBytes, warpgroup * 64, 0);
+    const uint64_t k = KTile::along_columns(shared + Layout::kK + k_ring.stage * KTile::kBytes, 0, 0);
+    fence_registers(scores);
+    wgmma_begin();
+#pragma unroll
+    for (int d = 0; d < kHeadDim; d += 16) {
+      wgmma<T, Major::kK, Major::kK>(scores, QTile::moved(q, QTile::column_distance(d)),
+                                     KTile::moved(k, KTile::column_distance(d)), d > 0);
+    }
+    wgmma_commit();
+  };
+  const auto issue_output = [&] {
+    const uint64_t v = KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0);
+    fence_registers(weights);
+    fence_registers(output);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      wgmma<T, Major::kMN>(output, weights[step], KTile::moved(v, KTile::row_distance(step * 16)), 1);
+    }
+    wgmma_commit();
+  };
+  // After the scores have come: frees K, and Q after the last; masks; exponentials. Returns whether to rescale the
+  // output.
+  const auto scores_to_weights = [&] {
+    fence_registers(scores);
+    if (p.negative_scale) {
+      // The maximum is that of the raw scores, so it is their sign that changes.
+#pragma unroll
+      for (int n = 0; n < kScoreGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = -scores[n][i];
+      }
+    }
+    take_mask(is_partial());
+    release_k();
+    const bool grown = softmax.update_max(scores, p.scale_log2);
+    softmax.exponentiate(scores, p.scale_log2);
+    // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
+    // wait for P V.
+    fence_registers(scores);
+    if (open) wait_k();
+    return grown;
+  };
+  const auto pack_weights = [&] {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
+  };
+
+  const auto next_row_tile = [&] { return read_row_tile<kHeadDim>(shared, &row_tile_ring, lane); };
+
+  RowTile work = next_row_tile(), next;
+  while (__any_sync(kAllLanes, work.row_tile >= 0)) {
     clear(output);
-    OnlineSoftmax softmax;
-
-    if (work.has_tiles) {
-      float scores[kScoreGroups][4];
-      uint32_t weights[kSteps][4];
-      uint32_t info;  // of the tile that K holds next
-      bool last;      // of the tile that scores hold
-
-      const auto wait_k = [&] {
-        Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait(k_ring.parity);
-        info = load_shared_32(shared + Layout::kTileInfo + k_ring.stage * 4);
-      };
-      const auto issue_scores = [&] {
-        const uint32_t k = shared + Layout::kK + k_ring.stage * KTile::kBytes;
-#pragma unroll
-        for (int d = 0; d < kHeadDim; d += 16) {
-          wgmma<T, Major::kK, Major::kK>(scores, QTile::along_columns(shared + Layout::kQ, warpgroup * 64, d),
-                                         KTile::along_columns(k, 0, d), d > 0);
-        }
-        wgmma_commit();
-      };
-      const auto issue_output = [&] {
-        const uint32_t v = shared + Layout::kV + v_ring.stage * KTile::kBytes;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          wgmma<T, Major::kMN>(output, weights[step], KTile::along_rows(v, step * 16, 0), 1);
-        }
-        wgmma_commit();
-      };
-      // After the scores have come: frees K, and Q after the last; masks. Returns whether to rescale the output.
-      const auto scores_to_weights = [&] {
-        fence_registers(scores);
-        last = info & kTileLast;
-        release(Layout::kKEmpty + k_ring.stage * 8);
-        k_ring.advance();
-        if (!Config::kOutputInQuery && last) release(Layout::kQEmpty);
-        if (p.negative_scale) {
-          // The maximum is that of the raw scores, so it is their sign that changes.
-#pragma unroll
-          for (int n = 0; n < kScoreGroups; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) scores[n][i] = -scores[n][i];
-          }
-        }
-        if (info & kTilePartial) {
-          Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait(mask_ring.parity);
-          apply_mask<kHeadDim>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
-          release(Layout::kMaskEmpty + mask_ring.stage * 8);
-          mask_ring.advance();
-        }
-        const bool grown = softmax.update_max(scores, p.scale_log2);
-        softmax.exponentiate(scores, p.scale_log2);
-        // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
-        // wait for P V.
-        fence_registers(scores);
-        if (!last) wait_k();
-        return grown;
-      };
-      const auto pack_weights = [&] {
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
-        }
-      };
-
-      Barrier{shared + Layout::kQFull}.wait(q_parity);
-      q_parity ^= 1;
+    softmax = OnlineSoftmax();
+    open = __any_sync(kAllLanes, work.has_tiles);
+    bool has_next = false;
+    if (open || Config::kOutputInQuery) wait_q();
+    while (open) {
+      // Nothing is in flight here.
       wait_k();
+      if (!is_seen()) {
+        turn.wait();
+        turn.pass();
+        take_mask(false);
+        release_k();
+        wait_v();
+        release_v();
+        continue;
+      }
       turn.wait();
-      fence_registers(scores);
-      wgmma_begin();
       issue_scores();
       turn.pass();
       wgmma_wait<0>();
-      scores_to_weights();  // nothing to rescale yet
+      if (scores_to_weights()) rescale(output, softmax.factor);
       pack_weights();
 
-      while (!last) {
+      // One pass a tile. The first scores of the next row tile are issued with the last output of this one, so that
+      // there is no gap between them. The chain breaks at a tile that these rows do not see, and at the end of a row
+      // tile whose output goes through the place of Q.
+      while (true) {
+        const bool ends = !open;
+        if (ends) {
+          next = next_row_tile();
+          has_next = true;
+          if (Config::kOutputInQuery || !__any_sync(kAllLanes, next.has_tiles)) break;
+          wait_q();
+          wait_k();
+        }
+        if (!is_seen()) break;
         turn.wait();
-        fence_registers(scores);
-        fence_registers(weights);
-        fence_registers(output);
-        wgmma_begin();
         issue_scores();
-        Barrier{shared + Layout::kVFull + v_ring.stage * 8}.wait(v_ring.parity);
-        wgmma_begin();
+        wait_v();
         issue_output();
         turn.pass();
         wgmma_wait<1>();
+        const OnlineSoftmax finished = softmax;
+        if (ends) softmax = OnlineSoftmax();
         const bool grown = scores_to_weights();
         wgmma_wait<0>();
         fence_registers(output);
-        release(Layout::kVEmpty + v_ring.stage * 8);
-        v_ring.advance();
-        if (grown) rescale(output, softmax.factor);
+        release_v();
+        if (ends) {
+          write_output<T, kHeadDim>(p, maps.out, shared, work, output, finished, warpgroup, thread);
+          clear(output);
+          work = next;
+          has_next = false;
+        } else if (grown) {
+          rescale(output, softmax.factor);
+        }
         pack_weights();
       }
-      Barrier{shared + Layout::kVFull + v_ring.stage * 8}.wait(v_ring.parity);
-      fence_registers(weights);
-      fence_registers(output);
-      wgmma_begin();
+      wait_v();
       issue_output();
       wgmma_wait<0>();
       fence_registers(output);
-      release(Layout::kVEmpty + v_ring.stage * 8);
-      v_ring.advance();
+      release_v();
     }
-
     write_output<T, kHeadDim>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
-    if (Config::kOutputInQuery && work.has_tiles) release(Layout::kQEmpty);
+    if (Config::kOutputInQuery) {
+      release(Layout::kQEmpty + q_ring.stage * 8);
+      q_ring.advance();
+    }
+    if (!has_next) next = next_row_tile();
+    work = next;
   }
 }
 

@@ -4,7 +4,7 @@
 #include "../cuda/element.cuh"
 #include "barrier.cuh"
 #include "forward_config.h"
-#include "schedule.cuh"
+#include "forward_producer.cuh"
 #include "softmax.cuh"
 #include "tma.cuh"
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void write_output(const KernelParams& p, const CUtensorMap& map, uint32_t shared,
-                                             const ForwardWork& work, float (&output)[kHeadDim / 8][4],
+                                             const RowTile& work, float (&output)[kHeadDim / 8][4],
                                              const OnlineSoftmax& softmax, int warpgroup, int thread) {
   using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;

@@ -15,18 +15,19 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, 1)
     forward_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ ForwardMaps maps) {
   using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
-  extern __shared__ char raw[];
-  const uint32_t shared = (shared_address(raw) + 1023) / 1024 * 1024;  // what the swizzle pattern wants
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  const int warp = __shfl_sync(kAllLanes, thread / 32, 0), lane = thread % 32;
+  extern __shared__ __align__(1024) char raw[];  // what the swizzle pattern wants
+  const uint32_t shared = shared_address(raw);
+  if (shared % 1024 != 0) __trap();
+  const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
+  const int warp = uniform(thread / 32), lane = thread % 32;
 
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = Config::kConsumers * 4;
     const auto init = [&](int place, int count, int arrivals) {
       for (int i = 0; i < count; ++i) Barrier{shared + place + i * 8}.init(arrivals);
     };
-    init(Layout::kQFull, 1, 1);
-    init(Layout::kQEmpty, 1, kConsumerWarps);
+    init(Layout::kQFull, Config::kQStages, 1);
+    init(Layout::kQEmpty, Config::kQStages, kConsumerWarps);
     init(Layout::kKFull, Config::kStages, 1);
     init(Layout::kKEmpty, Config::kStages, kConsumerWarps);
     init(Layout::kVFull, Config::kStages, 1);
@@ -34,17 +35,22 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, 1)
     init(Layout::kMaskFull, Config::kMaskStages, Config::kMaskWarps);
     init(Layout::kMaskEmpty, Config::kMaskStages, kConsumerWarps);
     init(Layout::kWorkFull, Config::kWorkStages, 1);
-    init(Layout::kWorkEmpty, Config::kWorkStages, kConsumerWarps + Config::kMaskWarps);
+    init(Layout::kWorkEmpty, Config::kWorkStages, kConsumerWarps);
+    init(Layout::kOrderFull, Config::kOrderStages, 1);
+    init(Layout::kOrderEmpty, Config::kOrderStages, 1 + Config::kMaskWarps);
     publish_barriers();
   }
   __syncthreads();
 
   if (warpgroup == 0) {
     shrink_registers<Config::kProducerRegisters>();
+    static_assert(2 + Config::kMaskWarps <= 4);
     if (warp == 0) {
-      produce_tiles<kHeadDim>(p, maps, shared, lane);
-    } else if (warp <= Config::kMaskWarps) {
-      produce_masks<kHeadDim>(p, shared, warp - 1, lane);
+      schedule<kHeadDim>(p, shared, lane);
+    } else if (warp == 1) {
+      load_tiles<kHeadDim>(p, maps, shared, lane);
+    } else if (warp - 2 < Config::kMaskWarps) {
+      make_masks<kHeadDim>(p, shared, warp - 2, lane);
     }
   } else {
     grow_registers<Config::kConsumerRegisters>();
@@ -55,7 +61,8 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, 1)
 
 template <typename T, int kHeadDim>
 TileShape forward_tile_shape(int) {
-  return TileShape{ForwardConfig<kHeadDim>::kRows, ForwardConfig<kHeadDim>::kColumns};
+  // The lists are made for the rows of one warpgroup: each skips what only its neighbours see.
+  return TileShape{kRowsPerWarpgroup, ForwardConfig<kHeadDim>::kColumns};
 }
 
 template <typename T, int kHeadDim>
@@ -83,7 +90,7 @@ cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = cudaMemsetAsync(p.work_counter, 0, sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
-  const int items = p.lists.row_tiles * op.batch * op.heads_q;
+  const int items = forward_row_tiles<Config::kConsumers>(p) * op.batch * op.heads_q;
   const int blocks = std::min(items, multiprocessors);
   kernel<<<blocks, Config::kThreads, Layout::kBytes, stream>>>(p, maps);
   return cudaGetLastError();

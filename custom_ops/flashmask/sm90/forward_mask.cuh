@@ -5,6 +5,7 @@
 #include <math_constants.h>
 
 #include "../cuda/row_bits.cuh"
+#include "../cuda/tile_lists.cuh"
 #include "forward_config.h"
 
 namespace flashmask::sm90 {
@@ -52,6 +53,8 @@ __device__ __forceinline__ void apply_mask(float (&scores)[kGroups][4], uint32_t
 #pragma unroll
   for (int quarter = 0; quarter < kGroups / 4; ++quarter) {
     const uint4 words = load_shared_128(mine + quarter * 16);
+    // Most groups of 32 columns in a partial tile are seen by all rows of the warp.
+    if (!__any_sync(kAllLanes, (words.x | words.y | words.z | words.w) != 0)) continue;
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -1,174 +1,148 @@
-// The producers of the forward kernel: one warp takes work and feeds the copy engine, one or two prepare element masks.
+// The producers of the forward kernel: one warp feeds the copy engine, one or two prepare element masks.
 #pragma once
 
-#include "../cuda/tile_lists.cuh"
-#include "barrier.cuh"
 #include "forward_mask.cuh"
-#include "schedule.cuh"
+#include "forward_orders.cuh"
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
-
-// What the consumers have to know of a tile.
-constexpr uint32_t kTilePartial = 1, kTileLast = 2;
-
-// The column tiles of one row tile, in ascending order.
-template <int kRows, int kColumns>
-struct ForwardWords {
-  const KernelParams& p;
-  const TileWord* list;  // null: only the causal flag masks
-  int row_tile;
-
-  __device__ __forceinline__ ForwardWords(const KernelParams& p, int64_t mask_index, int row_tile)
-      : p(p), list(nullptr), row_tile(row_tile) {
-    if (p.lists.by_row != nullptr) {
-      list = p.lists.by_row + (mask_index * p.lists.row_tiles + row_tile) * p.lists.column_words;
-    }
-  }
-  __device__ __forceinline__ TileWord operator()(int index) const {
-    return list == nullptr ? columns_of_row_tile<kRows, kColumns>(p, row_tile).word(index) : list[index];
-  }
-};
-
-__device__ __forceinline__ int64_t mask_index_of(const FlashmaskParams& op, const ForwardWork& work) {
-  return static_cast<int64_t>(work.batch) * op.heads_mask + mask_head(work.head, op.heads_q, op.heads_mask);
-}
 
 struct ForwardMaps {
   CUtensorMap q, k, v, out;
 };
 
+// What the consumers have to know of a row tile.
+struct RowTile {
+  int row_tile;  // -1: no work is left
+  int batch;
+  int head;
+  int has_tiles;  // whether it sees any column tile
+};
+
 template <int kHeadDim>
-__device__ __forceinline__ void produce_tiles(const KernelParams& p, const ForwardMaps& maps, uint32_t shared,
-                                              int lane) {
+__device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardMaps& maps, uint32_t shared, int lane) {
   using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using QTile = typename Layout::QTile;
   using KTile = typename Layout::KTile;
-  using Words = ForwardWords<Config::kRows, Config::kColumns>;
+  Ring<Config::kOrderStages> order_ring;
   Ring<Config::kStages> k_ring, v_ring;
   Ring<Config::kWorkStages> work_ring;
-  uint32_t q_parity = 0;
+  Ring<Config::kQStages> q_ring;
 
-  while (true) {
-    int ticket = 0;
-    if (lane == 0) ticket = atomicAdd(p.work_counter, 1);
-    ForwardWork work = forward_work(p, __shfl_sync(kAllLanes, ticket, 0));
-    const bool done = work.row_tile < 0;
-    const Words words(p, mask_index_of(p.op, work), done ? 0 : work.row_tile);
-    TileWalker<Words> walker(words, done ? 0 : p.lists.column_words);
-    bool partial, next_partial;
-    int tile = walker.next(&partial);
-    work.has_tiles = tile >= 0;
-
-    Barrier{shared + Layout::kWorkEmpty + work_ring.stage * 8}.wait(work_ring.parity ^ 1);
+  const auto publish = [&](int row_tile, int batch, int head, bool has_tiles) {
+    Barrier{shared + Layout::kWorkEmpty + work_ring.stage * 8}.wait_warp(work_ring.parity ^ 1);
     if (lane == 0) {
-      const uint32_t place = shared + Layout::kWork + work_ring.stage * 16;
-      store_shared_32(place, work.row_tile);
-      store_shared_32(place + 4, work.batch);
-      store_shared_32(place + 8, work.head);
-      store_shared_32(place + 12, work.has_tiles);
+      store_shared_128(shared + Layout::kWork + work_ring.stage * 16, make_uint4(row_tile, batch, head, has_tiles));
       Barrier{shared + Layout::kWorkFull + work_ring.stage * 8}.arrive();
     }
     work_ring.advance();
-    if (done) return;
-    if (tile < 0) continue;
-
-    const int head_k = work.head / (p.op.heads_q / p.op.heads_k);
-    const auto load = [&](const CUtensorMap& map, uint32_t destination, uint32_t barrier, int row) {
+  };
+  const auto load_columns = [&](const CUtensorMap& map, uint32_t destination, Barrier full, int column_tile, int head_k,
+                                int batch) {
+    full.arrive_expecting(KTile::kBytes);
 #pragma unroll
-      for (int panel = 0; panel < KTile::kPanels; ++panel) {
-        load_box(destination + panel * KTile::kPanelBytes, map, barrier, panel * KTile::kPanel, row, head_k,
-                 work.batch);
-      }
-    };
-    const auto load_k = [&](int index, uint32_t info) {
-      const Barrier full{shared + Layout::kKFull + k_ring.stage * 8};
-      Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait(k_ring.parity ^ 1);
-      if (lane == 0) {
-        store_shared_32(shared + Layout::kTileInfo + k_ring.stage * 4, info);
-        full.arrive_expecting(KTile::kBytes);
-        load(maps.k, shared + Layout::kK + k_ring.stage * KTile::kBytes, full.address, index * Config::kColumns);
-      }
-      k_ring.advance();
-    };
-    const auto load_v = [&](int index) {
-      const Barrier full{shared + Layout::kVFull + v_ring.stage * 8};
-      Barrier{shared + Layout::kVEmpty + v_ring.stage * 8}.wait(v_ring.parity ^ 1);
-      if (lane == 0) {
-        full.arrive_expecting(KTile::kBytes);
-        load(maps.v, shared + Layout::kV + v_ring.stage * KTile::kBytes, full.address, index * Config::kColumns);
-      }
-      v_ring.advance();
-    };
+    for (int panel = 0; panel < KTile::kPanels; ++panel) {
+      load_box(destination + panel * KTile::kPanelBytes, map, full.address, panel * KTile::kPanel,
+               column_tile * Config::kColumns, head_k, batch);
+    }
+  };
 
-    int next = walker.next(&next_partial);
-    Barrier{shared + Layout::kQEmpty}.wait(q_parity ^ 1);
-    q_parity ^= 1;
+  // The consumers want the next K before this V: V is loaded one order late.
+  int late_tile = -1, late_head_k = 0, late_batch = 0;
+  const auto load_late_v = [&] {
+    if (late_tile < 0) return;
+    Barrier{shared + Layout::kVEmpty + v_ring.stage * 8}.wait_warp(v_ring.parity ^ 1);
     if (lane == 0) {
-      const Barrier full{shared + Layout::kQFull};
-      full.arrive_expecting(QTile::kBytes);
-#pragma unroll
-      for (int panel = 0; panel < QTile::kPanels; ++panel) {
-        load_box(shared + Layout::kQ + panel * QTile::kPanelBytes, maps.q, full.address, panel * QTile::kPanel,
-                 work.row_tile * Config::kRows, work.head, work.batch);
+      load_columns(maps.v, shared + Layout::kV + v_ring.stage * KTile::kBytes,
+                   Barrier{shared + Layout::kVFull + v_ring.stage * 8}, late_tile, late_head_k, late_batch);
+    }
+    v_ring.advance();
+    late_tile = -1;
+  };
+
+  int batch = 0, head = 0, head_k = 0;
+  while (true) {
+    const TileOrder order = read_order<kHeadDim>(shared, &order_ring, lane);
+    if (order.flags & kDone) {
+      load_late_v();
+      publish(-1, 0, 0, false);
+      return;
+    }
+    if (order.flags & kFirst) {
+      batch = order.batch_head / p.op.heads_q;
+      head = order.batch_head - batch * p.op.heads_q;
+      head_k = head / (p.op.heads_q / p.op.heads_k);
+      // Where out goes through the place of Q, the row tile before has to end before the next Q can come.
+      if (Config::kOutputInQuery || (order.flags & kNothing)) load_late_v();
+      publish(order.row_tile, batch, head, !(order.flags & kNothing));
+      if ((order.flags & kNothing) && !Config::kOutputInQuery) continue;
+      const Barrier full{shared + Layout::kQFull + q_ring.stage * 8};
+      Barrier{shared + Layout::kQEmpty + q_ring.stage * 8}.wait_warp(q_ring.parity ^ 1);
+      if (order.flags & kNothing) {  // its output takes the place of Q all the same
+        if (lane == 0) full.arrive();
+        q_ring.advance();
+        continue;
       }
+      if (lane == 0) {
+        full.arrive_expecting(QTile::kBytes);
+#pragma unroll
+        for (int panel = 0; panel < QTile::kPanels; ++panel) {
+          load_box(shared + Layout::kQ + q_ring.stage * QTile::kBytes + panel * QTile::kPanelBytes, maps.q,
+                   full.address, panel * QTile::kPanel, order.row_tile * Config::kRows, head, batch);
+        }
+      }
+      q_ring.advance();
     }
-    load_k(tile, (partial ? kTilePartial : 0) | (next < 0 ? kTileLast : 0));
-    // The consumers want the next K before this V.
-    while (next >= 0) {
-      bool after_partial;
-      const int after = walker.next(&after_partial);
-      load_k(next, (next_partial ? kTilePartial : 0) | (after < 0 ? kTileLast : 0));
-      load_v(tile);
-      tile = next;
-      next = after;
-      next_partial = after_partial;
+    Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait_warp(k_ring.parity ^ 1);
+    if (lane == 0) {
+      store_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4, order.flags);
+      load_columns(maps.k, shared + Layout::kK + k_ring.stage * KTile::kBytes,
+                   Barrier{shared + Layout::kKFull + k_ring.stage * 8}, order.column_tile, head_k, batch);
     }
-    load_v(tile);
+    k_ring.advance();
+    load_late_v();
+    late_tile = order.column_tile;
+    late_head_k = head_k;
+    late_batch = batch;
   }
 }
 
-// Every thread of a reading warp gets the work; the place is then free.
 template <int kHeadDim>
-__device__ __forceinline__ ForwardWork read_work(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kWorkStages>* ring,
+__device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t shared, int warp, int lane) {
+  using Layout = ForwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  Ring<Config::kOrderStages> order_ring;
+  Ring<Config::kMaskStages> mask_ring;
+  while (true) {
+    const TileOrder order = read_order<kHeadDim>(shared, &order_ring, lane);
+    if (order.flags & kDone) return;
+    if (!(order.flags & kAnyPartial)) continue;
+    const int batch = order.batch_head / p.op.heads_q, head = order.batch_head - batch * p.op.heads_q;
+    const int64_t mask_index =
+        static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
+    Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait_warp(mask_ring.parity ^ 1);
+    write_mask<kHeadDim>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op,
+                         p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, order.row_tile * Config::kRows,
+                         order.column_tile * Config::kColumns, warp, lane);
+    __syncwarp();
+    if (lane == 0) Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive();
+    mask_ring.advance();
+  }
+}
+
+// For a whole warp of the consumers: the next row tile; its place is then free.
+template <int kHeadDim>
+__device__ __forceinline__ RowTile read_row_tile(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kWorkStages>* ring,
                                                  int lane) {
   using Layout = ForwardLayout<kHeadDim>;
-  Barrier{shared + Layout::kWorkFull + ring->stage * 8}.wait(ring->parity);
+  Barrier{shared + Layout::kWorkFull + ring->stage * 8}.wait_warp(ring->parity);
   const uint4 words = load_shared_128(shared + Layout::kWork + ring->stage * 16);
   __syncwarp();
   if (lane == 0) Barrier{shared + Layout::kWorkEmpty + ring->stage * 8}.arrive();
   ring->advance();
-  return ForwardWork{static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z),
-                     static_cast<int>(words.w)};
-}
-
-template <int kHeadDim>
-__device__ __forceinline__ void produce_masks(const KernelParams& p, uint32_t shared, int warp, int lane) {
-  using Layout = ForwardLayout<kHeadDim>;
-  using Config = typename Layout::Config;
-  using Words = ForwardWords<Config::kRows, Config::kColumns>;
-  Ring<Config::kWorkStages> work_ring;
-  Ring<Config::kMaskStages> mask_ring;
-  while (true) {
-    const ForwardWork work = read_work<kHeadDim>(shared, &work_ring, lane);
-    if (work.row_tile < 0) return;
-    if (!work.has_tiles) continue;
-    const int64_t mask_index = mask_index_of(p.op, work);
-    const int32_t* bounds = p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds;
-    const Words words(p, mask_index, work.row_tile);
-    TileWalker<Words> walker(words, p.lists.column_words);
-    bool partial;
-    for (int tile = walker.next(&partial); tile >= 0; tile = walker.next(&partial)) {
-      if (!partial) continue;
-      Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait(mask_ring.parity ^ 1);
-      write_mask<kHeadDim>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op, bounds,
-                           work.row_tile * Config::kRows, tile * Config::kColumns, warp, lane);
-      __syncwarp();
-      if (lane == 0) Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive();
-      mask_ring.advance();
-    }
-  }
+  return RowTile{static_cast<int>(uniform(words.x)), static_cast<int>(uniform(words.y)),
+                 static_cast<int>(uniform(words.z)), static_cast<int>(uniform(words.w))};
 }
 
 }  // namespace flashmask::sm90

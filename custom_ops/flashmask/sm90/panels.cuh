@@ -42,6 +42,10 @@ struct Panels {
     return (column / kPanel * kPanelBytes + column % kPanel * 2) / 16;
   }
   static __device__ constexpr uint64_t row_distance(int row) { return row * kRowBytes / 16; }
+  // Only the low word of a descriptor holds the address; so it is one addition.
+  static __device__ __forceinline__ uint64_t moved(uint64_t descriptor, uint64_t distance) {
+    return (descriptor & 0xFFFFFFFF00000000ull) | static_cast<uint32_t>(descriptor + distance);
+  }
 
  private:
   // wgmma's matrix descriptor: address, distance of neighbouring panels (transposed operands only), distance of

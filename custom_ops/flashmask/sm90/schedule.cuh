@@ -5,30 +5,38 @@
 #pragma once
 
 #include "../cuda/kernel_params.h"
+#include "../mask.h"
 
 namespace flashmask::sm90 {
 
 struct ForwardWork {
   int row_tile;  // -1: no work is left
-  int batch;
-  int head;
-  int has_tiles;  // whether the row tile sees anything
+  int batch_head;
+  int64_t mask_index;
 };
 
+// Row tiles of kWarpgroups x 64 rows; the lists' rows are of 64.
+template <int kWarpgroups>
+__host__ __device__ __forceinline__ int forward_row_tiles(const KernelParams& p) {
+  return (p.lists.row_tiles + kWarpgroups - 1) / kWarpgroups;
+}
+
+template <int kWarpgroups>
 __device__ __forceinline__ ForwardWork forward_work(const KernelParams& p, int ticket) {
-  const int row_tiles = p.lists.row_tiles;
-  const int total_heads = p.op.batch * p.op.heads_q;
+  const FlashmaskParams& op = p.op;
+  const int row_tiles = forward_row_tiles<kWarpgroups>(p);
+  const int total_heads = op.batch * op.heads_q;
   const int per_group = p.schedule_heads * row_tiles;
-  if (ticket >= total_heads * row_tiles) return ForwardWork{-1, 0, 0, 0};
+  if (ticket >= total_heads * row_tiles) return ForwardWork{-1, 0, 0};
   const int group = ticket / per_group;
   const int rank = ticket - group * per_group;
   const int group_heads = min(p.schedule_heads, total_heads - group * p.schedule_heads);
-  const int batch_head = group * p.schedule_heads + rank % group_heads;
   ForwardWork work;
   work.row_tile = row_tiles - 1 - rank / group_heads;
-  work.batch = batch_head / p.op.heads_q;
-  work.head = batch_head - work.batch * p.op.heads_q;
-  work.has_tiles = 1;
+  work.batch_head = group * p.schedule_heads + rank % group_heads;
+  const int batch = work.batch_head / op.heads_q;
+  const int head = work.batch_head - batch * op.heads_q;
+  work.mask_index = static_cast<int64_t>(batch) * op.heads_mask + mask_head(head, op.heads_q, op.heads_mask);
   return work;
 }
 

@@ -1,0 +1,140 @@
+// What to do next, told tile by tile. One warp, the scheduler, takes row tiles from the global queue, walks their tile
+// lists and writes orders into a ring in shared memory, far enough ahead that neither the queue nor the lists are ever
+// waited for. The loader and the mask warps read them.
+#pragma once
+
+#include "../cuda/tile_lists.cuh"
+#include "barrier.cuh"
+#include "forward_config.h"
+#include "schedule.cuh"
+
+namespace flashmask::sm90 {
+
+// One column tile of a row tile. Bit w of `flags` says that warpgroup w's 64 rows see something of it, bit 8 + w that
+// they need element masks there.
+struct TileOrder {
+  int column_tile;
+  uint32_t flags;
+  int row_tile;
+  int batch_head;
+};
+constexpr int kPartialShift = 8;
+constexpr uint32_t kAnyPartial = 0xF00;
+constexpr uint32_t kFirst = 1u << 28;    // of its row tile
+constexpr uint32_t kLast = 1u << 29;     // of its row tile
+constexpr uint32_t kNothing = 1u << 30;  // the row tile sees no column tile at all
+constexpr uint32_t kDone = 1u << 31;     // no work is left
+
+// Yields the column tiles that a row tile sees, in ascending order. As TileWalker (cuda/tile_lists.cuh), over the lists
+// of all its warpgroups at once.
+template <int kConsumers, int kColumns>
+struct OrderWalker {
+  const KernelParams& p;
+  const TileWord* list;  // of the first warpgroup's rows; null: only the causal flag masks
+  int list_row, chunk = -32;
+  TileWord mine[kConsumers];
+
+  __device__ __forceinline__ OrderWalker(const KernelParams& p, int64_t mask_index, int row_tile)
+      : p(p), list(nullptr), list_row(row_tile * kConsumers) {
+    if (p.lists.by_row != nullptr) {
+      list = p.lists.by_row + (mask_index * p.lists.row_tiles + list_row) * p.lists.column_words;
+    }
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) mine[w] = TileWord{0, 0};
+  }
+
+  __device__ __forceinline__ TileWord word(int w, int index) const {
+    if (index >= p.lists.column_words || list_row + w >= p.lists.row_tiles) return TileWord{0, 0};
+    if (list != nullptr) return list[w * p.lists.column_words + index];
+    return columns_of_row_tile<kRowsPerWarpgroup, kColumns>(p, list_row + w).word(index);
+  }
+  __device__ __forceinline__ uint32_t active() const {
+    uint32_t any = 0;
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) any |= mine[w].active;
+    return any;
+  }
+
+  // The next tile or -1.
+  __device__ __forceinline__ int next(uint32_t* flags) {
+    const int lane = threadIdx.x & 31;
+    uint32_t holders = __ballot_sync(kAllLanes, active() != 0);
+    while (holders == 0) {
+      chunk += 32;
+      if (chunk >= p.lists.column_words) {
+        chunk = p.lists.column_words;  // a further call must not wrap around
+        return -1;
+      }
+#pragma unroll
+      for (int w = 0; w < kConsumers; ++w) mine[w] = word(w, chunk + lane);
+      holders = __ballot_sync(kAllLanes, active() != 0);
+    }
+    const int holder = __ffs(holders) - 1;
+    const int bit = __ffs(active()) - 1;  // of this lane; what the holder says counts
+    uint32_t told = 0;
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+      told |= (mine[w].active >> (bit & 31) & 1) << w | (mine[w].partial >> (bit & 31) & 1) << (kPartialShift + w);
+    }
+    told = __shfl_sync(kAllLanes, told | static_cast<uint32_t>(bit) << 16, holder);
+    const int found = told >> 16 & 31;
+    if (lane == holder) {
+#pragma unroll
+      for (int w = 0; w < kConsumers; ++w) mine[w].active &= ~(1u << found);
+    }
+    *flags = told & 0xFFFF;
+    return (chunk + holder) * 32 + found;
+  }
+};
+
+template <int kHeadDim>
+__device__ __forceinline__ void schedule(const KernelParams& p, uint32_t shared, int lane) {
+  using Layout = ForwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  Ring<Config::kOrderStages> ring;
+  const auto push = [&](int column_tile, uint32_t flags, int row_tile, int batch_head) {
+    Barrier{shared + Layout::kOrderEmpty + ring.stage * 8}.wait_warp(ring.parity ^ 1);
+    if (lane == 0) {
+      store_shared_128(shared + Layout::kOrders + ring.stage * 16,
+                       make_uint4(column_tile, flags, row_tile, batch_head));
+      Barrier{shared + Layout::kOrderFull + ring.stage * 8}.arrive();
+    }
+    ring.advance();
+  };
+  while (true) {
+    int ticket = 0;
+    if (lane == 0) ticket = atomicAdd(p.work_counter, 1);
+    const ForwardWork work = forward_work<Config::kConsumers>(p, __shfl_sync(kAllLanes, ticket, 0));
+    if (work.row_tile < 0) {
+      push(0, kDone, 0, 0);
+      return;
+    }
+    OrderWalker<Config::kConsumers, Config::kColumns> walker(p, work.mask_index, work.row_tile);
+    uint32_t flags, next_flags = 0;
+    int tile = walker.next(&flags);
+    if (tile < 0) push(0, kFirst | kLast | kNothing, work.row_tile, work.batch_head);
+    flags |= kFirst;
+    while (tile >= 0) {
+      const int next = walker.next(&next_flags);
+      push(tile, flags | (next < 0 ? kLast : 0), work.row_tile, work.batch_head);
+      tile = next;
+      flags = next_flags;
+    }
+  }
+}
+
+// For a whole warp: the next order; its place is then free.
+template <int kHeadDim>
+__device__ __forceinline__ TileOrder read_order(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kOrderStages>* ring,
+                                                int lane) {
+  using Layout = ForwardLayout<kHeadDim>;
+  Barrier{shared + Layout::kOrderFull + ring->stage * 8}.wait_warp(ring->parity);
+  const uint4 words = load_shared_128(shared + Layout::kOrders + ring->stage * 16);
+  __syncwarp();
+  if (lane == 0) Barrier{shared + Layout::kOrderEmpty + ring->stage * 8}.arrive();
+  ring->advance();
+  return TileOrder{static_cast<int>(uniform(words.x)), uniform(words.y), static_cast<int>(uniform(words.z)),
+                   static_cast<int>(uniform(words.w))};
+}
+
+}  // namespace flashmask::sm90
