@@ -89,6 +89,8 @@ def measure(rival: Rival, case: Case, seconds: float) -> dict[str, Any]:
         "versions": rival.versions(),
         "sample": sample(rival.results()),
     }
+    if kernels := rival.kernels():
+        answer["kernels"] = kernels
     if rival.on_cuda:
         answer["peak_mib"] = _extra_memory_mib(rival)
     return answer

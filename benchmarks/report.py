@@ -51,7 +51,7 @@ def row(case: Case, rival: str, answer: dict[str, Any]) -> dict[str, Any]:
         "unmasked_area": round(area, 4),
         "unskipped_tiles_128": round(tiles, 4),
         "runs": answer["runs"],
-        **({"peak_mib": answer["peak_mib"]} if "peak_mib" in answer else {}),
+        **{name: answer[name] for name in ("peak_mib", "kernels") if name in answer},
     }
 
 

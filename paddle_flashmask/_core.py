@@ -115,6 +115,19 @@ class Library:
         """The instruction set that "auto" takes on this machine: "avx512", "avx2" or "portable"."""
         return str(self._library.flashmask_cpu_isa().decode())
 
+    def kernel_name(self, params: Params, backward: bool = False) -> str:
+        """Which kernels a call runs on this machine, such as "cpu avx512" or "cuda sm90 d128".
+
+        Raises:
+            NotImplementedError: none; the message says why.
+        """
+        function = self._library.flashmask_kernel_name
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(Params), ctypes.c_int32]
+        name = function(ctypes.byref(params), backward)
+        if name is None:
+            raise NotImplementedError(self._error())
+        return str(name.decode())
+
     def forward_workspace_bytes(self, params: Params) -> int:
         """Bytes of workspace that `forward` needs on the device."""
         return self._bytes(self._library.flashmask_forward_workspace_bytes(ctypes.byref(params)))

@@ -30,6 +30,10 @@ class Rival:
     def prepare(self, case: Case) -> None:
         raise NotImplementedError
 
+    def kernels(self) -> list[str]:
+        """Which kernels run forward and backward, where a rival has several and can tell."""
+        return []
+
     def forward(self) -> None:
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,9 @@ class Ours(_Cuda):
         self.call = Call(query, key, value, bounds, causal=causal)
         self.call.set_gradient(grad)
 
+    def kernels(self) -> list[str]:
+        return [self.call.library.kernel_name(self.call.params, backward) for backward in (False, True)]
+
     def forward(self) -> None:
         self.out, _ = self.call.forward()
 
@@ -67,6 +71,21 @@ class Ours(_Cuda):
 
     def results(self) -> Arrays:
         return dict(zip(("out", "dq", "dk", "dv"), (self.out, *self.grads), strict=True))
+
+
+class OursPortable(Ours):
+    """The portable kernels, on a device that has its own."""
+
+    name = "ours_sm80"
+
+    def supports(self, case: Case) -> str | None:
+        if self.torch.cuda.get_device_capability() != (9, 0):
+            return "the device has no other kernels"
+        return super().supports(case)
+
+    def prepare(self, case: Case) -> None:
+        os.environ["FLASHMASK_FORCE_ARCH"] = "sm80"
+        super().prepare(case)
 
 
 class _Torch(_Cuda):
@@ -221,4 +240,4 @@ class FlashAttention4(_Torch):
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-RIVALS = {rival.name: rival for rival in (Ours, Cudnn, Flash2, FlashAttention4, Flex, Dense)}
+RIVALS = {rival.name: rival for rival in (Ours, OursPortable, Cudnn, Flash2, FlashAttention4, Flex, Dense)}

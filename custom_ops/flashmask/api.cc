@@ -151,6 +151,28 @@ int64_t flashmask_backward_workspace_bytes(const FlashmaskParams* params) {
   return checked_workspace_bytes(params, true);
 }
 
+const char* flashmask_kernel_name(const FlashmaskParams* params, int32_t backward) {
+  static thread_local std::string name;
+  if (params == nullptr) {
+    invalid("params: null");
+    return nullptr;
+  }
+  if (check_shapes(*params) != FLASHMASK_OK) return nullptr;
+  if (params->device == FLASHMASK_CPU) {
+    static const char* const kNames[] = {"auto", "portable", "avx2", "avx512"};
+    name = std::string("cpu ") +
+           (params->cpu_isa == FLASHMASK_ISA_AUTO ? flashmask::cpu_best_isa() : kNames[params->cpu_isa]);
+    return name.c_str();
+  }
+#if defined(FLASHMASK_WITH_CUDA)
+  if (flashmask::cuda_kernel_name(*params, backward != 0, &name, &last_error) != FLASHMASK_OK) return nullptr;
+  return name.c_str();
+#else
+  last_error = "device: this library was built without CUDA kernels";
+  return nullptr;
+#endif
+}
+
 FlashmaskStatus flashmask_forward(const FlashmaskParams* params) { return run(params, false); }
 FlashmaskStatus flashmask_backward(const FlashmaskParams* params) { return run(params, true); }
 

@@ -115,6 +115,11 @@ FLASHMASK_API const char* flashmask_cpu_isa(void);
 FLASHMASK_API int64_t flashmask_forward_workspace_bytes(const FlashmaskParams* params);
 FLASHMASK_API int64_t flashmask_backward_workspace_bytes(const FlashmaskParams* params);
 
+// Which kernels a call with these parameters runs on this machine (CUDA: on the current device), such as "cpu avx512",
+// "cuda sm90 d128"; of the backward pass if `backward`. Null if none; flashmask_last_error() says why. Valid until the
+// next call of this thread.
+FLASHMASK_API const char* flashmask_kernel_name(const FlashmaskParams* params, int32_t backward);
+
 FLASHMASK_API FlashmaskStatus flashmask_forward(const FlashmaskParams* params);
 FLASHMASK_API FlashmaskStatus flashmask_backward(const FlashmaskParams* params);
 

@@ -41,6 +41,17 @@ def test_good_parameters_pass():
     library.backward(params)
 
 
+def test_kernel_name():
+    library = _core.load_library()
+    params, _arrays = good_params()
+    assert library.kernel_name(params) == f"cpu {library.cpu_isa()}"
+    params.cpu_isa = 1
+    assert library.kernel_name(params, backward=True) == "cpu portable"
+    params.head_dim = 12
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        library.kernel_name(params)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

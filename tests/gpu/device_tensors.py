@@ -34,6 +34,13 @@ def why_not() -> str | None:
     return None
 
 
+def architectures() -> list[str]:
+    """Values of FLASHMASK_FORCE_ARCH worth testing here: what the device takes by itself, and the portable kernels."""
+    import torch
+
+    return ["default", "sm80"] if torch.cuda.get_device_capability() == (9, 0) else ["default"]
+
+
 def load() -> _core.Library:
     path = library_path()
     assert path is not None
@@ -114,6 +121,10 @@ class Call:
         self.params.workspace = self.workspace.data_ptr() if size else None
         self.params.workspace_bytes = size
         self.params.stream = torch.cuda.current_stream().cuda_stream
+
+    def kernel(self, backward: bool = False) -> str:
+        """Such as "cuda sm90 d128"."""
+        return self.library.kernel_name(self.params, backward)
 
     def forward(self) -> tuple[Any, Any]:
         """(out, lse); runs on the current stream."""

@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from device_tensors import Call, fused, why_not
+from device_tensors import Call, architectures, fused, why_not
 from reference import FORMS, random_intervals
 
 if why_not():
     pytest.skip(str(why_not()), allow_module_level=True)
 
-import dense
 import torch
+from problem import DTYPES, Problem
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-@dataclass
-class Problem:
-    """Random inputs of one shape; the mask is random too, unless `bounds` or none is given."""
-
-    b: int = 2
-    s_q: int = 257
-    s_k: int = 257
-    h_q: int = 2
-    h_k: int = 2
-    d: int = 128
-    d_v: int | None = None
-    h_m: int = 1
-    n: int = 0
-    causal: bool = False
-    dtype: str = "bf16"
-    seed: int = 0
-    block_mask: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def run(self) -> dict[str, float]:
-        rng = np.random.default_rng(self.seed)
-        torch.manual_seed(self.seed)
-        d_v = self.d_v or self.d
-
-        def draw(s: int, h: int, d: int) -> torch.Tensor:
-            return torch.randn(self.b, s, h, d, device="cuda").to(DTYPES[self.dtype])
-
-        q, k, v = draw(self.s_q, self.h_q, self.d), draw(self.s_k, self.h_k, self.d), draw(self.s_k, self.h_k, d_v)
-        dout = draw(self.s_q, self.h_q, d_v)
-        bounds = None
-        if self.n:
-            bounds = random_intervals(rng, self.b, self.h_m, self.s_q, self.s_k, self.n)
-            bounds = torch.from_numpy(bounds).cuda()
-        block_mask = None
-        if self.block_mask:
-            shape = (self.b, self.h_m, -(-self.s_q // 128), -(-self.s_k // 128))
-            block_mask = torch.from_numpy((rng.random(shape) < 0.6).astype(np.int32)).cuda()
-        options = dict(self.options, causal=self.causal, block_mask=block_mask)
-        got = fused(q, k, v, bounds, dout, **options)
-
-        sees = dense.visible(bounds, self.causal, self.s_q, self.s_k, block_mask)
-        scale = options.get("scale", self.d**-0.5)
-        keep, factor = None, 1.0
-        if options.get("dropout"):
-            keep, factor = dense.keep_mask(options["dropout"], options.get("seed", 0), options.get("offset", 0), q, k)
-        want = dense.attention(q, k, v, sees, scale, keep, factor, dout)
-        naive = dense.attention(q, k, v, sees, scale, keep, factor, dout, dtype=DTYPES[self.dtype])
-        return dense.check(got, want, naive)
+@pytest.fixture(params=architectures(), autouse=True)
+def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernels that the device takes by default, and the portable ones where it has others."""
+    monkeypatch.setenv("FLASHMASK_FORCE_ARCH", "" if request.param == "default" else request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -260,6 +260,19 @@ int64_t cuda_backward_workspace_bytes(const FlashmaskParams& params) {
   return workspace_bytes(Direction::kBackward, params);
 }
 
+FlashmaskStatus cuda_kernel_name(const FlashmaskParams& op, bool backward, std::string* name, std::string* error) {
+  Device device;
+  const FlashmaskStatus status = ask_device(&device, error);
+  if (status != FLASHMASK_OK) return status;
+  const Kernel* kernel = find_kernel(backward ? Direction::kBackward : Direction::kForward, op, device.capability);
+  if (kernel == nullptr) {
+    *error = missing_kernels(op);
+    return FLASHMASK_NOT_BUILT;
+  }
+  *name = std::string("cuda ") + kernel->arch + " d" + std::to_string(kernel->head_dim);
+  return FLASHMASK_OK;
+}
+
 FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   const NamedTensor tensors[] = {{"q", &op.q, op.seqlen_q, op.heads_q},
                                  {"k", &op.k, op.seqlen_k, op.heads_k},

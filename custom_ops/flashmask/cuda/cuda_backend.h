@@ -24,4 +24,7 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& params, std::string* error)
 int64_t cuda_forward_workspace_bytes(const FlashmaskParams& params);
 int64_t cuda_backward_workspace_bytes(const FlashmaskParams& params);
 
+// Which kernel a call takes on the current device: "cuda sm90 d128".
+FlashmaskStatus cuda_kernel_name(const FlashmaskParams& params, bool backward, std::string* name, std::string* error);
+
 }  // namespace flashmask

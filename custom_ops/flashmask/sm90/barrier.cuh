@@ -71,8 +71,8 @@ __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 
-// The same value in all lanes of a warp, told to the compiler: it then keeps it, and what follows from it, in the uniform
-// registers that wgmma's descriptors come from, and knows that branches on it do not divide the warp.
+// The same value in all lanes of a warp, told to the compiler: it then keeps it, and what follows from it, in the
+// uniform registers that wgmma's descriptors come from, and knows that branches on it do not divide the warp.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }
 
 // A position in a ring of kStages buffers, with the parity of the round. A consumer waits for its `full` barrier with
@@ -102,8 +102,8 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // follows makes it so for all threads).
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Moves registers between warpgroups: producers give up what consumers need. The pool is what the block was started with
-// (168 a thread for three warpgroups, 128 for four): asking for more than was given up waits for ever.
+// Moves registers between warpgroups: producers give up what consumers need. The pool is what the block was started
+// with (168 a thread for three warpgroups, 128 for four): asking for more than was given up waits for ever.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

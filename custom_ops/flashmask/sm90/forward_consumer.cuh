@@ -62,10 +62,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     flags = uniform(load_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4));
   };
   // Whether these 64 rows see anything of it, or need element masks.
-  const auto is_seen = [&] { return __any_sync(kAllLanes, flags >> warpgroup & 1); };
-  const auto is_partial = [&] { return __any_sync(kAllLanes, flags >> (kPartialShift + warpgroup) & 1); };
+  const auto is_seen = [&] { return (flags >> warpgroup & 1) != 0; };
+  const auto is_partial = [&] { return (flags >> (kPartialShift + warpgroup) & 1) != 0; };
   const auto release_k = [&] {
-    open = __any_sync(kAllLanes, !(flags & kLast));
+    open = !(flags & kLast);
     release(Layout::kKEmpty + k_ring.stage * 8);
     k_ring.advance();
     if (!open && !Config::kOutputInQuery) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   // Element masks are made for the rows of all warpgroups if any of them needs them.
   const auto take_mask = [&](bool apply) {
-    if (!__any_sync(kAllLanes, flags & kAnyPartial)) return;
+    if (!(flags & kAnyPartial)) return;
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait_warp(mask_ring.parity);
     if (apply) {
       apply_mask<kHeadDim>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
@@ -116,6 +116,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // output.
   const auto scores_to_weights = [&] {
     fence_registers(scores);
+    release_k();
     if (p.negative_scale) {
       // The maximum is that of the raw scores, so it is their sign that changes.
 #pragma unroll
@@ -125,7 +126,6 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       }
     }
     take_mask(is_partial());
-    release_k();
     const bool grown = softmax.update_max(scores, p.scale_log2);
     softmax.exponentiate(scores, p.scale_log2);
     // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
@@ -142,10 +142,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto next_row_tile = [&] { return read_row_tile<kHeadDim>(shared, &row_tile_ring, lane); };
 
   RowTile work = next_row_tile(), next;
-  while (__any_sync(kAllLanes, work.row_tile >= 0)) {
+  while (work.row_tile >= 0) {
     clear(output);
     softmax = OnlineSoftmax();
-    open = __any_sync(kAllLanes, work.has_tiles);
+    open = work.has_tiles != 0;
     bool has_next = false;
     if (open || Config::kOutputInQuery) wait_q();
     while (open) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
         if (ends) {
           next = next_row_tile();
           has_next = true;
-          if (Config::kOutputInQuery || !__any_sync(kAllLanes, next.has_tiles)) break;
+          if (Config::kOutputInQuery || !next.has_tiles) break;
           wait_q();
           wait_k();
         }
