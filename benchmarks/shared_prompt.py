@@ -4,8 +4,8 @@ model (CPU).
     python benchmarks/shared_prompt.py --out results.json
 
 Every case holds the same prompts and answers, packed into rows, once with a shared prompt and once with a copy of it
-for each answer. The losses are equal either way, which is checked; so are the gradients (tests/test_reward.py,
-tests/test_dpo.py).
+for each answer. Rows are cut to their tokens, so padding does not count. The losses are equal either way, which is
+checked; so are the gradients (tests/test_reward.py, tests/test_dpo.py).
 """
 
 from __future__ import annotations
@@ -115,8 +115,16 @@ def dpo_loss(model: Any, reference: Any, batch: Batch) -> paddle.Tensor:
     return -F.log_sigmoid(BETA * (margins[:, 0] - margins[:, 1])).sum()
 
 
+def without_padding(batch: Batch) -> Batch:
+    """A batch of one row, cut to its tokens: how well rows happen to be filled says nothing about sharing."""
+    row = batch["input_ids"].shape[-1]
+    used = int((batch["attn_mask_startend_row_indices"] > 0).sum())
+    return {key: value[..., :used] if value.shape[-1] == row else value for key, value in batch.items()}
+
+
 def measure(loss: Callable[[Batch], paddle.Tensor], batches: list[Batch], repeats: int) -> dict[str, Any]:
     """Seconds for forward and backward of all rows, one after another: the fastest of `repeats`; tokens; the loss."""
+    batches = [without_padding(batch) for batch in batches]
     given = [{key: paddle.to_tensor(value) for key, value in batch.items()} for batch in batches]
     loss(given[0]).backward()  # warms up
     seconds, total = [], 0.0
@@ -128,7 +136,7 @@ def measure(loss: Callable[[Batch], paddle.Tensor], batches: list[Batch], repeat
             value.backward()
             total += float(value)
         seconds.append(time.perf_counter() - start)
-    tokens = sum(int((batch["attn_mask_startend_row_indices"] > 0).sum()) for batch in batches)
+    tokens = sum(batch["input_ids"].size for batch in batches)
     return {"tokens": tokens, "rows": len(batches), "seconds": round(min(seconds), 4), "loss": total}
 
 
