@@ -36,6 +36,17 @@ def test_forward_takes_its_own_kernels(d: int, compiled: int, monkeypatch: pytes
     assert Call(q, k, v).kernel().startswith("cuda sm80")
 
 
+def test_what_tma_cannot_read_goes_to_the_portable_kernels() -> None:
+    """A key head that is repeated by a stride of zero."""
+    q, k, v = inputs(200, 4, 64)
+    shared_k, shared_v = (x[:, :, :1].expand(-1, -1, 4, -1) for x in (k, v))
+    call = Call(q, shared_k, shared_v, causal=True)
+    assert call.kernel().startswith("cuda sm80")
+    out, _ = call.forward()
+    copied, _ = Call(q, shared_k.contiguous(), shared_v.contiguous(), causal=True).forward()
+    torch.testing.assert_close(out, copied, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_backward_takes_its_own_kernels(d: int) -> None:
     call = Call(*inputs(64, 1, d))
