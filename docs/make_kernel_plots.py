@@ -44,7 +44,8 @@ def draw(result: dict[str, Any], head_dim: int, path: Path) -> None:
             axes.bar(place, heights, 0.8 / len(rivals), label=NAMES.get(rival, rival))
         axes.set(ylabel="TFLOPs/s by tile", title=f"{seqlen // 1024}K tokens a sequence, head dim {head_dim}")
         axes.grid(axis="y", alpha=0.3)
-    grid[0].legend(ncols=4, fontsize="small", loc="upper right")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=7, fontsize="small", loc="outside lower center")
     grid[-1].set_xticks(np.arange(len(masks)), [mask.replace("_", "\n") for mask in masks], fontsize="small")
     machine = result["machine"]
     figure.suptitle(f"{machine.get('gpu', machine.get('cpu'))}; commit {result['commit']}", fontsize="small")
