@@ -6,8 +6,10 @@
 
 namespace flashmask::sm90 {
 
+// Up to 128 dims: the two consumer warpgroups own 64 keys each and do the same (backward_mainloop.cuh).
 template <int kRows_, int kQStages_, bool kSplitsDims_, bool kRoundedP_, bool kTurnIncludesDs_>
 struct BackwardShape {
+  static constexpr bool kWide = false;
   static constexpr int kRows = kRows_;  // queries of a row tile
   static constexpr int kColumns = 128;  // keys of a column tile: 64 for each of two consumer warpgroups
   static constexpr int kConsumers = 2;  // warpgroups
@@ -21,6 +23,16 @@ struct BackwardShape {
   static constexpr bool kTurnIncludesDs = kTurnIncludesDs_;
 };
 
+// Above 128 dims: the consumer warpgroups share 64 keys; one makes P and dV, the other dS and dK (backward_wide.cuh).
+template <int kQStages_>
+struct WideBackwardShape {
+  static constexpr bool kWide = true;
+  static constexpr int kRows = 64, kColumns = 64, kConsumers = 2;
+  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
+  static constexpr bool kSplitsDims = true;
+};
+
 // Registers decide: dK and dV of a warpgroup's 64 keys take head_dim of a thread's 240, S^T and dP^T kRows, and the
 // rounded operands kRows / 4 each. Measured in docs/performance-log.md.
 template <int kHeadDim>
@@ -29,6 +41,10 @@ template <>
 struct BackwardConfig<64> : BackwardShape<128, 2, false, true, false> {};
 template <>
 struct BackwardConfig<128> : BackwardShape<64, 3, true, false, true> {};
+template <>
+struct BackwardConfig<192> : WideBackwardShape<3> {};
+template <>
+struct BackwardConfig<256> : WideBackwardShape<2> {};
 
 template <int kHeadDim>
 struct BackwardLayout {
@@ -36,10 +52,12 @@ struct BackwardLayout {
   using KTile = Panels<Config::kColumns, kHeadDim>;        // [keys, dims]; V too
   using QTile = Panels<Config::kRows, kHeadDim>;           // [queries, dims]; dO too
   using DsTile = Panels<Config::kColumns, Config::kRows>;  // [keys, queries]: dS^T
-  // dQ of a row tile in float32, one part per warpgroup, in the order of accumulator fragments:
-  // [kDqGroups][128 threads][4].
+  // dQ of a row tile in float32, in the order of accumulator fragments, [groups of 8 dims][128 threads][4]; where the
+  // warpgroups share the rows, one such part each.
   static constexpr int kDqGroups = Config::kRows * kHeadDim / Config::kConsumers / kWarpgroup / 4;
   static constexpr int kDqPartFloats = kDqGroups * kWarpgroup * 4;
+  // P^T on its way from one warpgroup to the other: a register operand of each thread.
+  static constexpr int kPBytes = Config::kColumns * Config::kRows * 2;
 
   static constexpr int kK = 0;
   static constexpr int kV = kK + KTile::kBytes;
@@ -47,13 +65,15 @@ struct BackwardLayout {
   static constexpr int kDo = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kDs = kDo + Config::kDoStages * QTile::kBytes;
   static constexpr int kDq = kDs + Config::kDsBuffers * DsTile::kBytes;
-  static constexpr int kLse = kDq + Config::kConsumers * kDqPartFloats * 4;
+  static constexpr int kP = kDq;  // the wide kernel has no place for dQ
+  static constexpr int kLse =
+      Config::kWide ? kP + Config::kDsBuffers * kPBytes : kDq + Config::kConsumers * kDqPartFloats * 4;
   static constexpr int kDelta = kLse + Config::kQStages * Config::kRows * 4;
   static constexpr int kBounds = kDelta + Config::kDoStages * Config::kRows * 4;  // int4 a key: its two intervals
   static constexpr int kSteps = kBounds + Config::kColumns * 16;                  // a Step for each stage of Q
-  static constexpr int kBarriers = kSteps + Config::kQStages * 8;
+  static constexpr int kBarriers = kSteps + Config::kQStages * 16;
   static constexpr int kBarrierCount =
-      2 * (Config::kQStages + Config::kDoStages + Config::kDsBuffers + Config::kConsumers) + 2;
+      2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers + Config::kConsumers) + 2;
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
   static_assert(kBytes <= 227 * 1024);
 };
@@ -62,6 +82,8 @@ struct BackwardLayout {
 struct Step {
   int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or -1 after the last
   int32_t mask;  // index of its mask: batch * heads_mask + mask head
+  int32_t batch_head;
+  int32_t unused;
 };
 
 // The barriers of a block. Arrivals count warps of consumers, or one thread of a producer.
@@ -71,7 +93,8 @@ struct BackwardBarriers {
   using Config = typename Layout::Config;
   static constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   static constexpr int kQ = 0, kDo = kQ + 2 * Config::kQStages, kDs = kDo + 2 * Config::kDoStages,
-                       kDq = kDs + 2 * Config::kDsBuffers, kKV = kDq + 2 * Config::kConsumers;
+                       kP = kDs + 2 * Config::kDsBuffers, kDq = kP + 2 * Config::kDsBuffers,
+                       kKV = kDq + 2 * Config::kConsumers;
   uint32_t base;  // of the shared memory
 
   __device__ __forceinline__ Barrier at(int index) const { return Barrier{base + Layout::kBarriers + index * 8}; }
@@ -79,9 +102,12 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier q_empty(int stage) const { return at(kQ + Config::kQStages + stage); }
   __device__ __forceinline__ Barrier do_full(int stage) const { return at(kDo + stage); }
   __device__ __forceinline__ Barrier do_empty(int stage) const { return at(kDo + Config::kDoStages + stage); }
-  // dS^T of all keys is there; both warpgroups have multiplied it.
+  // dS^T of all keys is there; all warpgroups have multiplied it.
   __device__ __forceinline__ Barrier ds_full(int buffer) const { return at(kDs + buffer); }
   __device__ __forceinline__ Barrier ds_empty(int buffer) const { return at(kDs + Config::kDsBuffers + buffer); }
+  // P^T of the wide kernel.
+  __device__ __forceinline__ Barrier p_full(int buffer) const { return at(kP + buffer); }
+  __device__ __forceinline__ Barrier p_empty(int buffer) const { return at(kP + Config::kDsBuffers + buffer); }
   __device__ __forceinline__ Barrier dq_full(int consumer) const { return at(kDq + consumer); }
   __device__ __forceinline__ Barrier dq_empty(int consumer) const { return at(kDq + Config::kConsumers + consumer); }
   __device__ __forceinline__ Barrier k_full() const { return at(kKV); }
@@ -97,8 +123,10 @@ struct BackwardBarriers {
       do_empty(stage).init(kConsumerWarps);
     }
     for (int buffer = 0; buffer < Config::kDsBuffers; ++buffer) {
-      ds_full(buffer).init(kConsumerWarps);
+      ds_full(buffer).init(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);
       ds_empty(buffer).init(kConsumerWarps);
+      p_full(buffer).init(kWarpgroup / 32);
+      p_empty(buffer).init(kWarpgroup / 32);
     }
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       dq_full(consumer).init(kWarpgroup / 32);

@@ -1,66 +1,37 @@
 // Backward for Hopper: one block per column tile of one key head, over the query heads of its group and their active
 // row tiles.
 //
-// A producer warpgroup moves tiles by TMA; two consumer warpgroups own 64 keys each. Scores are computed transposed,
+// A producer warpgroup moves tiles by TMA, two consumer warpgroups compute. Scores are computed transposed,
 // S^T = K Q^T: keys are then on the M axis of the accumulators, so P^T and dS^T become register operands of
-// dV += P^T dO and dK += dS^T Q as they are. dQ = dS K needs both warpgroups' dS^T, which they exchange through shared
-// memory, and leaves by additions in float32. With query heads of a group taken one after the other, dK and dV of
-// grouped heads need neither atomics nor extra memory.
+// dV += P^T dO and dK += dS^T Q as they are. dQ = dS K needs all of dS^T, which goes through shared memory, and leaves
+// by additions in float32. With query heads of a group taken one after the other, dK and dV of grouped heads need
+// neither atomics nor extra memory.
 #pragma once
 
 #include "../cuda/launch.h"
+#include "backward_epilogue.cuh"
 #include "backward_mainloop.cuh"
 #include "backward_producer.cuh"
 #include "backward_rows.cuh"
+#include "backward_wide.cuh"
 #include "tensor_map.h"
 
 namespace flashmask::sm90 {
-
-// dK and dV of a warpgroup's keys: to the places of K and V, and from there by TMA.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void store_gradients(BackwardConsumer<T, kHeadDim>& consumer, const BackwardMaps& maps,
-                                                const BackwardBlock& block, float scale) {
-  using Layout = BackwardLayout<kHeadDim>;
-  using KTile = typename Layout::KTile;
-  const int first_key = consumer.consumer * 64;
-  named_barrier_sync(kAllConsumers, Layout::Config::kConsumers * kWarpgroup);  // all are done with K and V
-  const uint32_t corner = matrix_corner<KTile>(consumer.base, consumer.first_key(), consumer.lane());
-#pragma unroll
-  for (int column = 0; column < kHeadDim; column += 16) {
-    uint32_t rounded[4];
-    const uint32_t place = matrix_moved<KTile>(corner, column);
-    pack_operand<T>(rounded, consumer.dv[column / 8], consumer.dv[column / 8 + 1]);
-    store_matrix(place + Layout::kV, rounded);
-    float (&left)[4] = consumer.dk[column / 8], (&right)[4] = consumer.dk[column / 8 + 1];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) left[i] *= scale, right[i] *= scale;
-    pack_operand<T>(rounded, left, right);
-    store_matrix(place + Layout::kK, rounded);
-  }
-  fence_async_proxy();
-  named_barrier_sync(kOwnBarrier + consumer.consumer, kWarpgroup);
-  if (consumer.thread() == 0) {
-#pragma unroll
-    for (int panel = 0; panel < KTile::kPanels; ++panel) {
-      const uint32_t source = consumer.base + panel * KTile::kPanelBytes + first_key * KTile::kRowBytes;
-      const int dim = panel * KTile::kPanel, row = block.column_begin + first_key;
-      store_box(maps.dv, source + Layout::kV, dim, row, block.head_k, block.batch);
-      store_box(maps.dk, source + Layout::kK, dim, row, block.head_k, block.batch);
-    }
-    commit_stores();
-    wait_stores_read<0>();  // the shared memory must outlive the copies
-  }
-}
 
 template <typename T, int kHeadDim, bool kDeterministic>
 __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ BackwardMaps maps) {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
+  using KTile = typename Layout::KTile;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = shared_address(shared);
 
-  if (threadIdx.x == 0) BackwardBarriers<kHeadDim>{base}.init();
+  if (threadIdx.x == 0) {
+    BackwardBarriers<kHeadDim>{base}.init();
+  } else if (threadIdx.x == 32) {
+    for (const CUtensorMap* map : {&maps.k, &maps.v, &maps.q, &maps.dout}) prefetch_map(*map);
+  }
   int number = blockIdx.x;
   if constexpr (kDeterministic) {
     int* ticket = reinterpret_cast<int*>(shared + Layout::kBounds);  // free until the first bounds come
@@ -72,19 +43,39 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   __syncthreads();
   const BackwardBlock block(p, number, Config::kColumns);
 
-  if (threadIdx.x < kWarpgroup) {
+  const int warp = uniform(threadIdx.x / 32);
+  if (warp < kWarpgroup / 32) {
     shrink_registers<24>();
-    const int warp = threadIdx.x / 32;
     if (warp == 0) {
       bring_tiles<kHeadDim>(p, maps, block, base);
-    } else if (warp <= Config::kConsumers) {
+    } else if (!Config::kWide && warp <= Config::kConsumers) {
       take_dq_away<kHeadDim, kDeterministic>(p, block, base, warp - 1);
     }
   } else {
     grow_registers<240>();
-    BackwardConsumer<T, kHeadDim> consumer(base);
-    consumer.run(p, block.column_begin);
-    store_gradients(consumer, maps, block, p.op.softmax_scale);
+    if constexpr (!Config::kWide) {
+      BackwardConsumer<T, kHeadDim> consumer(base);
+      consumer.run(p, block.column_begin);
+      const int first_key = consumer.consumer * 64, barrier = kOwnBarrier + consumer.consumer;
+      named_barrier_sync(kAllConsumers, Config::kConsumers * kWarpgroup);  // all are done with K and V
+      gradient_to_shared<T, KTile>(consumer.dv, 1.0f, base + Layout::kV, first_key);
+      gradient_to_shared<T, KTile>(consumer.dk, p.op.softmax_scale, base + Layout::kK, first_key);
+      fence_async_proxy();
+      named_barrier_sync(barrier, kWarpgroup);
+      if (consumer.thread() == 0) {
+        store_gradient<KTile>(maps.dv, base + Layout::kV, first_key, block);
+        store_gradient<KTile>(maps.dk, base + Layout::kK, first_key, block);
+        finish_stores();
+      }
+    } else if (warp < 2 * kWarpgroup / 32) {
+      float dv[kHeadDim / 8][4];
+      WideConsumer<T, kHeadDim, kDeterministic>{base}.make_p(p, block, dv);
+      store_alone<T, KTile>(dv, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
+    } else {
+      float dk[kHeadDim / 8][4];
+      WideConsumer<T, kHeadDim, kDeterministic>{base}.make_ds(p, block, dk);
+      store_alone<T, KTile>(dk, p.op.softmax_scale, maps.dk, base + Layout::kK, kOwnBarrier + 1, block);
+    }
   }
 }
 

@@ -16,93 +16,12 @@
 #pragma once
 
 #include "../cuda/element.cuh"
-#include "../cuda/row_bits.cuh"
-#include "backward_config.cuh"
+#include "backward_access.cuh"
+#include "backward_mask.cuh"
 #include "store_matrix.cuh"
 #include "wgmma.cuh"
 
 namespace flashmask::sm90 {
-
-// Named barriers: of one consumer warpgroup, of both, and "it is this warpgroup's turn".
-constexpr int kOwnBarrier = 1, kAllConsumers = 3, kTurnBarrier = 4;
-
-__device__ __forceinline__ void store_shared_128(uint32_t address, int4 value) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-__device__ __forceinline__ void store_shared_float4(uint32_t address, const float (&value)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(value[0]), "f"(value[1]), "f"(value[2]),
-               "f"(value[3])
-               : "memory");
-}
-__device__ __forceinline__ void load_shared_float4(float (&value)[4], uint32_t address) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-               : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
-               : "r"(address)
-               : "memory");
-}
-
-// One arrival per warp, after all its lanes came here.
-__device__ __forceinline__ void arrive_warp(Barrier barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier.arrive();
-}
-
-// The two intervals of masked rows of one key, as they come: bits of rows do not mind empty or overlong ones.
-__device__ __forceinline__ int4 key_intervals(const FlashmaskParams& op, int64_t mask_index, int key) {
-  if (key >= op.seqlen_k) return make_int4(INT32_MIN, INT32_MAX, 0, 0);  // past the end: masked everywhere
-  const int32_t* bounds = op.bounds + (mask_index * op.seqlen_k + key) * op.num_bounds;
-  int4 both = make_int4(0, 0, 0, 0);
-  if (op.num_bounds > 0) {
-    both.x = bounds[0];
-    both.y = INT32_MAX;
-    if (op.num_bounds == (op.causal ? 2 : 4)) both.y = bounds[1];
-  }
-  if (op.causal) {
-    both.z = INT32_MIN;
-    both.w = key - (op.seqlen_k - op.seqlen_q);
-  } else if (op.num_bounds == 4) {
-    both.z = bounds[2];
-    both.w = bounds[3];
-  } else if (op.num_bounds == 2) {
-    both.z = INT32_MIN;
-    both.w = bounds[1];
-  }
-  return both;
-}
-
-// Those of this warpgroup's 64 keys, to shared memory.
-__device__ __forceinline__ void load_intervals(const FlashmaskParams& op, int64_t mask_index, int first_key,
-                                               uint32_t intervals, int thread, int barrier) {
-  named_barrier_sync(barrier, kWarpgroup);  // all are done with those of the previous mask
-  if (thread < 64) store_shared_128(intervals + thread * 16, key_intervals(op, mask_index, first_key + thread));
-  named_barrier_sync(barrier, kWarpgroup);
-}
-
-// A thread's keys are `first_key` and the eighth after it; its queries 8n + 2t and the next, with t = lane % 4.
-template <int kGroups>
-__device__ __forceinline__ void mask_scores(float (&scores)[kGroups][4], uint32_t intervals, int first_key,
-                                            int row_begin, int lane, float masked_score) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint4 loaded = load_shared_128(intervals + (first_key + h * 8) * 16);
-    const int4 both = make_int4(loaded.x, loaded.y, loaded.z, loaded.w);
-#pragma unroll
-    for (int word = 0; word < kGroups / 4; ++word) {  // 32 queries each
-      const int first = row_begin + word * 32;
-      const uint32_t bits =
-          (interval_bits(both.x, both.y, first) | interval_bits(both.z, both.w, first)) >> (lane % 4 * 2);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (bits & (1u << (n * 8 + e))) scores[word * 4 + n][h * 2 + e] = masked_score;
-        }
-      }
-    }
-  }
-}
 
 template <typename T, int kHeadDim>
 struct BackwardConsumer {
@@ -121,9 +40,7 @@ struct BackwardConsumer {
   float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
 
   __device__ __forceinline__ explicit BackwardConsumer(uint32_t base)
-      : base(base),
-        consumer(__shfl_sync(kAllLanes, static_cast<int>(threadIdx.x), 0) / kWarpgroup - 1),
-        barriers{base} {
+      : base(base), consumer(uniform(threadIdx.x / kWarpgroup) - 1), barriers{base} {
     clear(dk);
     clear(dv);
   }
@@ -139,8 +56,8 @@ struct BackwardConsumer {
     wgmma_begin();
 #pragma unroll
     for (int column = 0; column < kHeadDim; column += 16) {
-      wgmma<T, Major::kK, Major::kK>(scores, a + KTile::column_distance(column), b + QTile::column_distance(column),
-                                     column > 0);
+      wgmma<T, Major::kK, Major::kK>(scores, KTile::moved(a, KTile::column_distance(column)),
+                                     QTile::moved(b, QTile::column_distance(column)), column > 0);
     }
     wgmma_commit();
   }
@@ -154,7 +71,7 @@ struct BackwardConsumer {
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, Major::kMN>(gradient, left[step], b + QTile::row_distance(step * 16), true);
+      wgmma<T, Major::kMN>(gradient, left[step], QTile::moved(b, QTile::row_distance(step * 16)), true);
     }
     wgmma_commit();
   }
@@ -169,20 +86,15 @@ struct BackwardConsumer {
     wgmma_begin();
 #pragma unroll
     for (int key = 0; key < Config::kColumns; key += 16) {
-      wgmma<T, Major::kMN, Major::kMN>(dq, a + DsTile::row_distance(key), b + KTile::row_distance(key), key > 0);
+      wgmma<T, Major::kMN, Major::kMN>(dq, DsTile::moved(a, DsTile::row_distance(key)),
+                                       KTile::moved(b, KTile::row_distance(key)), key > 0);
     }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ Step read_step(int stage) const {
-    uint32_t words[2];
-    load_shared_64(words, base + Layout::kSteps + stage * 8);
-    return {static_cast<int>(words[0]), static_cast<int>(words[1])};
-  }
-
   // dQ, scaled, on its way out: to shared memory, and then the word to the warp that adds it to global memory.
   __device__ __forceinline__ void store_dq(const float (&dq)[Layout::kDqGroups][4], uint32_t place, Ring<1>* slot) {
-    barriers.dq_empty(consumer).wait(slot->parity ^ 1);
+    barriers.dq_empty(consumer).wait_warp(slot->parity ^ 1);
     slot->advance();
 #pragma unroll
     for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(place + n * kWarpgroup * 16, dq[n]);
@@ -219,12 +131,12 @@ struct BackwardConsumer {
       }
     };
 
-    barriers.k_full().wait(0);
-    barriers.v_full().wait(0);
+    barriers.k_full().wait_warp(0);
+    barriers.v_full().wait_warp(0);
     if (consumer == 1) end_turn();  // so the other comes first
     while (true) {
-      barriers.q_full(q.stage).wait(q.parity);
-      const Step step = read_step(q.stage);
+      barriers.q_full(q.stage).wait_warp(q.parity);
+      const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) break;
       const bool partial = step.tile & 1;
       const bool has_dq = count >= 2;
@@ -233,7 +145,7 @@ struct BackwardConsumer {
       float scores[kGroups][4], dp[kGroups][4];
       score_product(scores, Layout::kK, Layout::kQ, q.stage);
       if (has_dq) store_dq(dq_scaled, dq_place, &dq_slot);
-      barriers.do_full(dout.stage).wait(dout.parity);
+      barriers.do_full(dout.stage).wait_warp(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
       if (has_dq) hand_over_dq();
 
@@ -274,7 +186,7 @@ struct BackwardConsumer {
 
 #pragma unroll
       for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
-      barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
+      barriers.ds_empty(ds.stage).wait_warp(ds.parity ^ 1);
       wgmma_wait<1>();
       fence_registers(dp);
       uint32_t rounded_ds[kSteps][4];
@@ -302,7 +214,7 @@ struct BackwardConsumer {
       // In the first round this multiplies whatever the shared memory holds, and the product is dropped: a branch
       // around a product would make the compiler wait for those in flight.
       float dq[Layout::kDqGroups][4];
-      barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
+      barriers.ds_full(previous_ds.stage).wait_warp(previous_ds.parity);
       dq_product(dq, previous_ds.stage);
       wgmma_wait<0>();
       fence_registers(dk);
@@ -323,7 +235,7 @@ struct BackwardConsumer {
       hand_over_dq();
     }
     float dq[Layout::kDqGroups][4];
-    barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
+    barriers.ds_full(previous_ds.stage).wait_warp(previous_ds.parity);
     dq_product(dq, previous_ds.stage);
     wgmma_wait<0>();
     fence_registers(dq);

@@ -64,7 +64,9 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
 }
 
 __device__ __forceinline__ void write_step(uint32_t address, Step step) {
-  asm volatile("st.shared.v2.s32 [%0], {%1, %2};\n" ::"r"(address), "r"(step.tile), "r"(step.mask) : "memory");
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(step.tile), "r"(step.mask),
+               "r"(step.batch_head), "r"(step.unused)
+               : "memory");
 }
 
 // One warp: K and V once, then Q, dO and their rows' lse and delta, step by step.
@@ -110,13 +112,14 @@ __device__ __forceinline__ void bring_tiles(const KernelParams& p, const Backwar
       }
       load_bytes(rows_place, rows + query, kRowBytes, barrier.address);
     };
-    barriers.q_empty(q_ring.stage).wait(q_ring.parity ^ 1);
+    barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
     if (leader) {
-      write_step(base + Layout::kSteps + q_ring.stage * 8, Step{2 * tile + partial, block.mask_index(p.op, head)});
+      write_step(base + Layout::kSteps + q_ring.stage * 16, Step{2 * tile + partial, block.mask_index(p.op, head),
+                                                                 static_cast<int>(block.batch_head(p.op, head)), 0});
       load(base + Layout::kQ + q_ring.stage * QTile::kBytes, maps.q, base + Layout::kLse + q_ring.stage * kRowBytes,
            p.query_lse, barriers.q_full(q_ring.stage));
     }
-    barriers.do_empty(do_ring.stage).wait(do_ring.parity ^ 1);
+    barriers.do_empty(do_ring.stage).wait_warp(do_ring.parity ^ 1);
     if (leader) {
       load(base + Layout::kDo + do_ring.stage * QTile::kBytes, maps.dout,
            base + Layout::kDelta + do_ring.stage * kRowBytes, p.query_delta, barriers.do_full(do_ring.stage));
@@ -125,9 +128,9 @@ __device__ __forceinline__ void bring_tiles(const KernelParams& p, const Backwar
     q_ring.advance();
     do_ring.advance();
   });
-  barriers.q_empty(q_ring.stage).wait(q_ring.parity ^ 1);
+  barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
   if (leader) {
-    write_step(shared_base + Layout::kSteps + q_ring.stage * 8, Step{-1, 0});
+    write_step(shared_base + Layout::kSteps + q_ring.stage * 16, Step{-1, 0, 0, 0});
     barriers.q_full(q_ring.stage).arrive();
   }
 }
@@ -170,7 +173,7 @@ __device__ __forceinline__ void take_dq_away(const KernelParams& p, const Backwa
     if constexpr (kDeterministic) {
       wait_for_turn<Config>(p, turn, block.mask_index(p.op, head), tile, block.column_tile, Config::kConsumers);
     }
-    barriers.dq_full(consumer).wait(parity);
+    barriers.dq_full(consumer).wait_warp(parity);
     parity ^= 1;
     if (leader) {
       add_floats(p.dq_accumulator + (batch_head * p.padded_rows + tile * Config::kRows) * kHeadDim +

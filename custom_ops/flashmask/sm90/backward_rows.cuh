@@ -9,12 +9,16 @@ namespace flashmask::sm90 {
 
 constexpr int kRowThreads = 256;
 
-// kHeadDim / 8 lanes a row, 16 bytes of out and dout each.
+// Lanes of a row, 16 bytes of out and dout each; a power of two.
+template <int kHeadDim>
+constexpr int kRowLanes = kHeadDim <= 64    ? 8
+                          : kHeadDim <= 128 ? 16
+                                            : 32;
+
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_constant__ KernelParams p) {
-  constexpr int kLanes = kHeadDim / 8;
+  constexpr int kLanes = kRowLanes<kHeadDim>;
   constexpr int kRowsPerBlock = kRowThreads / kLanes;
-  static_assert((kLanes & (kLanes - 1)) == 0 && kLanes <= 32, "a row's lanes add up by shuffles");
   const FlashmaskParams& op = p.op;
   const int blocks_per_head = p.padded_rows / kRowsPerBlock;
   const int batch_head = blockIdx.x / blocks_per_head;
@@ -29,8 +33,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
   }
   float* zeroed = p.dq_accumulator + (static_cast<int64_t>(batch_head) * p.padded_rows + first_row) * kHeadDim;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    reinterpret_cast<float4*>(zeroed)[i * kRowThreads + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int i = threadIdx.x; i < kRowsPerBlock * kHeadDim / 4; i += kRowThreads) {
+    reinterpret_cast<float4*>(zeroed)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 
   const uint32_t left[4] = {out.x, out.y, out.z, out.w}, right[4] = {dout.x, dout.y, dout.z, dout.w};
@@ -74,10 +78,10 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
   if (batch >= op.batch || row >= op.seqlen_q || chunk * 8 >= op.head_dim) return;
 
   const int tile = slab / (Config::kRows / 16), warp = slab % 4;
-  const int part = Config::kSplitsDims ? chunk / Layout::kDqGroups : slab / 4 % Config::kConsumers;
-  const float* fragments =
-      p.dq_accumulator + (static_cast<int64_t>(batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
-      part * Layout::kDqPartFloats + ((chunk % Layout::kDqGroups) * kWarpgroup + warp * 32 + g * 4) * 4;
+  const int part = Config::kSplitsDims ? 0 : slab / 4 % Config::kConsumers;
+  const float* fragments = p.dq_accumulator +
+                           (static_cast<int64_t>(batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
+                           part * Layout::kDqPartFloats + (chunk * kWarpgroup + warp * 32 + g * 4) * 4;
   uint32_t upper[4], lower[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -94,9 +98,9 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
 
 template <typename T, int kHeadDim>
 cudaError_t launch_prepare_rows(const KernelParams& p, cudaStream_t stream) {
-  const int64_t items = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows * (kHeadDim / 8);
-  if (items == 0) return cudaSuccess;
-  prepare_rows_kernel<T, kHeadDim><<<static_cast<unsigned>(items / kRowThreads), kRowThreads, 0, stream>>>(p);
+  const int64_t lanes = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows * kRowLanes<kHeadDim>;
+  if (lanes == 0) return cudaSuccess;
+  prepare_rows_kernel<T, kHeadDim><<<static_cast<unsigned>(lanes / kRowThreads), kRowThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -1,0 +1,36 @@
+// Accesses to shared memory and the barriers that the consumers of the backward kernels share.
+#pragma once
+
+#include "../cuda/instructions.cuh"
+#include "backward_config.cuh"
+
+namespace flashmask::sm90 {
+
+// Named barriers: of one consumer warpgroup, of both, and "it is this warpgroup's turn".
+constexpr int kOwnBarrier = 1, kAllConsumers = 3, kTurnBarrier = 4;
+
+__device__ __forceinline__ void store_shared_float4(uint32_t address, const float (&value)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(value[0]), "f"(value[1]), "f"(value[2]),
+               "f"(value[3])
+               : "memory");
+}
+__device__ __forceinline__ void load_shared_float4(float (&value)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+               : "r"(address)
+               : "memory");
+}
+
+// One arrival per warp, after all its lanes came here.
+__device__ __forceinline__ void arrive_warp(Barrier barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
+__device__ __forceinline__ Step read_step(uint32_t address) {
+  const uint4 words = load_shared_128(address);
+  return {static_cast<int>(uniform(words.x)), static_cast<int>(uniform(words.y)), static_cast<int>(uniform(words.z)),
+          0};
+}
+
+}  // namespace flashmask::sm90
