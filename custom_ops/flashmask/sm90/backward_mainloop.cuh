@@ -56,8 +56,8 @@ struct BackwardConsumer {
     wgmma_begin();
 #pragma unroll
     for (int column = 0; column < kHeadDim; column += 16) {
-      wgmma<T, Major::kK, Major::kK>(scores, KTile::moved(a, KTile::column_distance(column)),
-                                     QTile::moved(b, QTile::column_distance(column)), column > 0);
+      wgmma<T, Major::kK, Major::kK>(scores, a + KTile::column_distance(column), b + QTile::column_distance(column),
+                                     column > 0);
     }
     wgmma_commit();
   }
@@ -71,7 +71,7 @@ struct BackwardConsumer {
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, Major::kMN>(gradient, left[step], QTile::moved(b, QTile::row_distance(step * 16)), true);
+      wgmma<T, Major::kMN>(gradient, left[step], b + QTile::row_distance(step * 16), true);
     }
     wgmma_commit();
   }
@@ -86,15 +86,14 @@ struct BackwardConsumer {
     wgmma_begin();
 #pragma unroll
     for (int key = 0; key < Config::kColumns; key += 16) {
-      wgmma<T, Major::kMN, Major::kMN>(dq, DsTile::moved(a, DsTile::row_distance(key)),
-                                       KTile::moved(b, KTile::row_distance(key)), key > 0);
+      wgmma<T, Major::kMN, Major::kMN>(dq, a + DsTile::row_distance(key), b + KTile::row_distance(key), key > 0);
     }
     wgmma_commit();
   }
 
   // dQ, scaled, on its way out: to shared memory, and then the word to the warp that adds it to global memory.
   __device__ __forceinline__ void store_dq(const float (&dq)[Layout::kDqGroups][4], uint32_t place, Ring<1>* slot) {
-    barriers.dq_empty(consumer).wait_warp(slot->parity ^ 1);
+    barriers.dq_empty(consumer).wait(slot->parity ^ 1);
     slot->advance();
 #pragma unroll
     for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(place + n * kWarpgroup * 16, dq[n]);
@@ -131,11 +130,11 @@ struct BackwardConsumer {
       }
     };
 
-    barriers.k_full().wait_warp(0);
-    barriers.v_full().wait_warp(0);
+    barriers.k_full().wait(0);
+    barriers.v_full().wait(0);
     if (consumer == 1) end_turn();  // so the other comes first
     while (true) {
-      barriers.q_full(q.stage).wait_warp(q.parity);
+      barriers.q_full(q.stage).wait(q.parity);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) break;
       const bool partial = step.tile & 1;
@@ -145,7 +144,7 @@ struct BackwardConsumer {
       float scores[kGroups][4], dp[kGroups][4];
       score_product(scores, Layout::kK, Layout::kQ, q.stage);
       if (has_dq) store_dq(dq_scaled, dq_place, &dq_slot);
-      barriers.do_full(dout.stage).wait_warp(dout.parity);
+      barriers.do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
       if (has_dq) hand_over_dq();
 
@@ -186,7 +185,7 @@ struct BackwardConsumer {
 
 #pragma unroll
       for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
-      barriers.ds_empty(ds.stage).wait_warp(ds.parity ^ 1);
+      barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
       wgmma_wait<1>();
       fence_registers(dp);
       uint32_t rounded_ds[kSteps][4];
@@ -214,7 +213,7 @@ struct BackwardConsumer {
       // In the first round this multiplies whatever the shared memory holds, and the product is dropped: a branch
       // around a product would make the compiler wait for those in flight.
       float dq[Layout::kDqGroups][4];
-      barriers.ds_full(previous_ds.stage).wait_warp(previous_ds.parity);
+      barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
       dq_product(dq, previous_ds.stage);
       wgmma_wait<0>();
       fence_registers(dk);
@@ -235,7 +234,7 @@ struct BackwardConsumer {
       hand_over_dq();
     }
     float dq[Layout::kDqGroups][4];
-    barriers.ds_full(previous_ds.stage).wait_warp(previous_ds.parity);
+    barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage);
     wgmma_wait<0>();
     fence_registers(dq);

@@ -51,8 +51,8 @@ struct WideConsumer {
     wgmma_begin();
 #pragma unroll
     for (int column = 0; column < kHeadDim; column += 16) {
-      wgmma<T, Major::kK, Major::kK>(scores, KTile::moved(a, KTile::column_distance(column)),
-                                     QTile::moved(b, QTile::column_distance(column)), column > 0);
+      wgmma<T, Major::kK, Major::kK>(scores, a + KTile::column_distance(column), b + QTile::column_distance(column),
+                                     column > 0);
     }
     wgmma_commit();
   }
@@ -64,8 +64,7 @@ struct WideConsumer {
     fence_registers(gradient);
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-      wgmma<T, Major::kMN>(gradient, left[k], QTile::moved(b, QTile::row_distance(k * 16)), true);
+    for (int k = 0; k < kSteps; ++k) wgmma<T, Major::kMN>(gradient, left[k], b + QTile::row_distance(k * 16), true);
     wgmma_commit();
   }
   // Dims from `dim` of dQ = dS K.
@@ -77,8 +76,7 @@ struct WideConsumer {
     wgmma_begin();
 #pragma unroll
     for (int key = 0; key < Config::kColumns; key += 16) {
-      wgmma<T, Major::kMN, Major::kMN>(dq, DsTile::moved(a, DsTile::row_distance(key)),
-                                       KTile::moved(b, KTile::row_distance(key)), key > 0);
+      wgmma<T, Major::kMN, Major::kMN>(dq, a + DsTile::row_distance(key), b + KTile::row_distance(key), key > 0);
     }
     wgmma_commit();
   }
@@ -118,9 +116,9 @@ struct WideConsumer {
     Step previous{-1, 0, 0, 0};
 
     clear(dv);
-    barriers().k_full().wait_warp(0);
+    barriers().k_full().wait(0);
     while (true) {
-      barriers().q_full(q.stage).wait_warp(q.parity);
+      barriers().q_full(q.stage).wait(q.parity);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) break;
       const bool partial = step.tile & 1;
@@ -151,7 +149,7 @@ struct WideConsumer {
         pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
       }
       arrive_warp(barriers().q_empty(q.stage));
-      barriers().p_empty(ds.stage).wait_warp(ds.parity ^ 1);
+      barriers().p_empty(ds.stage).wait(ds.parity ^ 1);
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         store_shared_128(base + Layout::kP + ds.stage * Layout::kPBytes + (k * kWarpgroup + thread()) * 16,
@@ -159,11 +157,11 @@ struct WideConsumer {
       }
       arrive_warp(barriers().p_full(ds.stage));
 
-      barriers().do_full(dout.stage).wait_warp(dout.parity);
+      barriers().do_full(dout.stage).wait(dout.parity);
       gradient_product(dv, rounded_p, Layout::kDo + dout.stage * QTile::kBytes);
       // In the first round a product of whatever the shared memory holds, which is dropped.
       float dq[kDqGroups][4];
-      barriers().ds_full(previous_ds.stage).wait_warp(previous_ds.parity);
+      barriers().ds_full(previous_ds.stage).wait(previous_ds.parity);
       dq_product(dq, previous_ds.stage, kFirstDqGroups * 8);
       wgmma_wait<1>();
       fence_registers(dv);
@@ -183,7 +181,7 @@ struct WideConsumer {
     }
     if (previous.tile < 0) return;
     float dq[kDqGroups][4];
-    barriers().ds_full(previous_ds.stage).wait_warp(previous_ds.parity);
+    barriers().ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage, kFirstDqGroups * 8);
     wgmma_wait<0>();
     fence_registers(dq);
@@ -198,22 +196,22 @@ struct WideConsumer {
     Ring<Config::kDsBuffers> ds;
 
     clear(dk);
-    barriers().k_full().wait_warp(0);
-    barriers().v_full().wait_warp(0);
+    barriers().k_full().wait(0);
+    barriers().v_full().wait(0);
     while (true) {
-      barriers().q_full(q.stage).wait_warp(q.parity);
+      barriers().q_full(q.stage).wait(q.parity);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) break;
 
       float dp[kGroups][4];
-      barriers().do_full(dout.stage).wait_warp(dout.parity);
+      barriers().do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo + dout.stage * QTile::kBytes);
       float delta[kSteps][4];
       const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) load_shared_float4(delta[k], delta_place + k * 64);
-      barriers().p_full(ds.stage).wait_warp(ds.parity);
-      barriers().ds_empty(ds.stage).wait_warp(ds.parity ^ 1);
+      barriers().p_full(ds.stage).wait(ds.parity);
+      barriers().ds_empty(ds.stage).wait(ds.parity ^ 1);
       wgmma_wait<0>();
       fence_registers(dp);
       uint32_t rounded_ds[kSteps][4];
@@ -238,7 +236,7 @@ struct WideConsumer {
       gradient_product(dk, rounded_ds, Layout::kQ + q.stage * QTile::kBytes);
 
       float dq[kFirstDqGroups][4];
-      barriers().ds_full(ds.stage).wait_warp(ds.parity);  // of the other warps
+      barriers().ds_full(ds.stage).wait(ds.parity);  // of the other warps
       dq_product(dq, ds.stage, 0);
       wgmma_wait<1>();
       fence_registers(dk);
