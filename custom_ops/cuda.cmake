@@ -1,6 +1,7 @@
 # CUDA half of the core, included by CMakeLists.txt when FLASHMASK_CUDA is on. Any toolkit from 11.8 on.
 #
-# Narrow a build with cmake options or environment variables of the same name (semicolon- or comma-separated lists):
+# Narrow a build with cmake options or environment variables of the same name (semicolon- or comma-separated lists; the
+# environment wins):
 #   FLASHMASK_CUDA_ARCHS   80;90 by default: machine code for Ampere, Ada (which runs sm_80's) and Hopper, and PTX of
 #                          the last for anything newer. 90 brings Hopper's own kernels (sm_90a) too
 #   FLASHMASK_HEAD_DIMS    32;64;96;128;192;256 by default; other head dims are padded to the next one built
@@ -11,10 +12,12 @@ option(FLASHMASK_CUDA_RESOURCES "Print the resource use of the CUDA kernels" OFF
 
 function(flashmask_list_option name default description)
   set(value "${default}")
+  set(force)
   if(DEFINED ENV{${name}} AND NOT "$ENV{${name}}" STREQUAL "")
     string(REPLACE "," ";" value "$ENV{${name}}")
+    set(force FORCE)  # also over what an earlier run in this build folder was told
   endif()
-  set(${name} "${value}" CACHE STRING "${description}")
+  set(${name} "${value}" CACHE STRING "${description}" ${force})
   string(REPLACE "," ";" value "${${name}}")
   set(${name} "${value}" PARENT_SCOPE)
 endfunction()
