@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 TITLES = {"sft": "SFT", "lora": "LoRA", "dpo": "DPO", "reward": "reward model"}
 SERIES = {
@@ -31,6 +31,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 rows = [row for row in result["rows"] if (row["task"], row["mask"]) == (task, mask)]
                 axes.loglog([row["seqlen"] for row in rows], [row[key] for row in rows], label=name, **style)
             axes.grid(alpha=0.3, which="both")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(NullFormatter())
             if column == 0:
@@ -40,7 +41,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         grid[1, column].set(xlabel="tokens of a row", xticks=lengths)
         grid[1, column].set_xticklabels([f"{length // 1024}K" for length in lengths])
         grid[1, column].xaxis.set_minor_formatter(NullFormatter())
-    grid[0, 0].legend()
+    grid[0, 0].legend(loc="center left")
     machine = result["machine"]
     figure.suptitle(f"{machine['cpu']}, {machine['cores']} cores, float32; commit {result['commit']}", fontsize="small")
     figure.savefig(path, dpi=90)
