@@ -40,6 +40,18 @@ __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ void store_shared_float4(uint32_t address, const float (&value)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(value[0]), "f"(value[1]), "f"(value[2]),
+               "f"(value[3])
+               : "memory");
+}
+__device__ __forceinline__ void load_shared_float4(float (&value)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
+               : "r"(address)
+               : "memory");
+}
+
 template <typename T>
 struct Half2;
 

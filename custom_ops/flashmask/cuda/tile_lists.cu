@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "launch.h"
+#include "launch_kernel.cuh"
 #include "tile_lists.cuh"
 
 namespace flashmask {
@@ -91,8 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
 cudaError_t launch_tile_lists(const KernelParams& p, cudaStream_t stream) {
   const int row_shares = p.lists.row_tiles >= 256 ? 4 : 1;
   const dim3 grid(p.lists.column_words * p.op.batch * p.op.heads_mask, row_shares);
-  tile_list_kernel<<<grid, kWarps * 32, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(tile_list_kernel, grid, kWarps * 32, 0, stream, p);
 }
 
 }  // namespace flashmask

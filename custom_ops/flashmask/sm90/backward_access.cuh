@@ -1,4 +1,4 @@
-// Accesses to shared memory and the barriers that the consumers of the backward kernels share.
+// Steps, and the barriers that the consumers of the backward kernels share.
 #pragma once
 
 #include "../cuda/instructions.cuh"
@@ -8,18 +8,6 @@ namespace flashmask::sm90 {
 
 // Named barriers: of one consumer warpgroup, of both, and "it is this warpgroup's turn".
 constexpr int kOwnBarrier = 1, kAllConsumers = 3, kTurnBarrier = 4;
-
-__device__ __forceinline__ void store_shared_float4(uint32_t address, const float (&value)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(value[0]), "f"(value[1]), "f"(value[2]),
-               "f"(value[3])
-               : "memory");
-}
-__device__ __forceinline__ void load_shared_float4(float (&value)[4], uint32_t address) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-               : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3])
-               : "r"(address)
-               : "memory");
-}
 
 // One arrival per warp, after all its lanes came here.
 __device__ __forceinline__ void arrive_warp(Barrier barrier) {

@@ -3,6 +3,7 @@
 
 #include "barrier.cuh"
 #include "panels.cuh"
+#include "ring.cuh"
 
 namespace flashmask::sm90 {
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../cuda/launch.h"
+#include "../cuda/launch_kernel.cuh"
 #include "backward_epilogue.cuh"
 #include "backward_mainloop.cuh"
 #include "backward_producer.cuh"
@@ -24,8 +25,8 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using KTile = typename Layout::KTile;
-  extern __shared__ __align__(1024) char shared[];
-  const uint32_t base = shared_address(shared);
+  extern __shared__ __align__(1024) char raw[];
+  const uint32_t base = shared_address(raw);
 
   if (threadIdx.x == 0) {
     BackwardBarriers<kHeadDim>{base}.init();
@@ -34,11 +35,11 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   }
   int number = blockIdx.x;
   if constexpr (kDeterministic) {
-    int* ticket = reinterpret_cast<int*>(shared + Layout::kBounds);  // free until the first bounds come
+    const uint32_t ticket = base + Layout::kBounds;  // free until the first bounds come
     int* counter = p.turns + static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles;
-    if (threadIdx.x == 0) *ticket = atomicAdd(counter, 1);
+    if (threadIdx.x == 0) store_shared_32(ticket, atomicAdd(counter, 1));
     __syncthreads();
-    number = *ticket;
+    number = load_shared_32(ticket);
   }
   __syncthreads();
   const BackwardBlock block(p, number, Config::kColumns);
@@ -118,10 +119,7 @@ cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
   cudaError_t status = make_backward_maps<kHeadDim>(p.op, &maps);
   if (status != cudaSuccess) return status;
   const auto kernel = p.turns != nullptr ? backward_kernel<T, kHeadDim, true> : backward_kernel<T, kHeadDim, false>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<blocks, Layout::Config::kThreads, Layout::kBytes, stream>>>(p, maps);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, Layout::Config::kThreads, Layout::kBytes, stream, p, maps);
 }
 
 template <typename T, int kHeadDim>

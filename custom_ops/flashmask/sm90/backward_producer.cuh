@@ -3,6 +3,7 @@
 
 #include "../cuda/element.cuh"
 #include "backward_config.cuh"
+#include "global_memory.cuh"
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
@@ -64,9 +65,7 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
 }
 
 __device__ __forceinline__ void write_step(uint32_t address, Step step) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(step.tile), "r"(step.mask),
-               "r"(step.batch_head), "r"(step.unused)
-               : "memory");
+  store_shared_128(address, make_uint4(step.tile, step.mask, step.batch_head, step.unused));
 }
 
 // One warp: K and V once, then Q, dO and their rows' lse and delta, step by step.
@@ -149,10 +148,7 @@ __device__ __forceinline__ void wait_for_turn(const KernelParams& p, const int32
     before += __popc(active);
   }
   before = __reduce_add_sync(kAllLanes, before) * parts;
-  int seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(turn) : "memory");
-  } while (seen < before);
+  wait_for_count(turn, before);
   __syncwarp();
 }
 
@@ -184,9 +180,9 @@ __device__ __forceinline__ void take_dq_away(const KernelParams& p, const Backwa
       barriers.dq_empty(consumer).arrive();
       if constexpr (kDeterministic) {
         wait_stores<0>();
-        asm volatile("fence.proxy.async.global;\n" ::: "memory");
+        fence_async_proxy_global();
         __threadfence();
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+        count_up(turn);
       }
     }
     __syncwarp();

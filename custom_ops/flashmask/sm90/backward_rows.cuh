@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../cuda/element.cuh"
+#include "../cuda/launch_kernel.cuh"
 #include "backward_config.cuh"
 
 namespace flashmask::sm90 {
@@ -100,17 +101,16 @@ template <typename T, int kHeadDim>
 cudaError_t launch_prepare_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t lanes = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows * kRowLanes<kHeadDim>;
   if (lanes == 0) return cudaSuccess;
-  prepare_rows_kernel<T, kHeadDim><<<static_cast<unsigned>(lanes / kRowThreads), kRowThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(prepare_rows_kernel<T, kHeadDim>, static_cast<unsigned>(lanes / kRowThreads), kRowThreads, 0,
+                       stream, p);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_finish_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows / 2 * (kHeadDim / 8);
   if (items == 0) return cudaSuccess;
-  finish_rows_kernel<T, kHeadDim>
-      <<<static_cast<unsigned>((items + kRowThreads - 1) / kRowThreads), kRowThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(finish_rows_kernel<T, kHeadDim>, static_cast<unsigned>((items + kRowThreads - 1) / kRowThreads),
+                       kRowThreads, 0, stream, p);
 }
 
 }  // namespace flashmask::sm90

@@ -13,17 +13,11 @@
 #include "backward_access.cuh"
 #include "backward_mask.cuh"
 #include "backward_producer.cuh"
+#include "global_memory.cuh"
 #include "store_matrix.cuh"
 #include "wgmma.cuh"
 
 namespace flashmask::sm90 {
-
-// One lane's fragment of an accumulator, added to global memory.
-__device__ __forceinline__ void add_fragment(float* place, const float (&c)[4], float scale) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "f"(c[0] * scale), "f"(c[1] * scale),
-               "f"(c[2] * scale), "f"(c[3] * scale)
-               : "memory");
-}
 
 template <typename T, int kHeadDim, bool kDeterministic>
 struct WideConsumer {
@@ -99,7 +93,7 @@ struct WideConsumer {
     if constexpr (kDeterministic) {
       __threadfence();
       named_barrier_sync(barrier, kWarpgroup);
-      if (thread() == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
+      if (thread() == 0) count_up(turn);
     }
   }
 

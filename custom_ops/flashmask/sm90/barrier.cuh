@@ -75,21 +75,6 @@ __device__ __forceinline__ void publish_barriers() {
 // uniform registers that wgmma's descriptors come from, and knows that branches on it do not divide the warp.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }
 
-// A position in a ring of kStages buffers, with the parity of the round. A consumer waits for its `full` barrier with
-// `parity`, a producer for its `empty` barrier with `parity ^ 1` (which lets the first round pass at once).
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Barrier `id` (1 to 15; 0 is __syncthreads) over `threads` threads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");

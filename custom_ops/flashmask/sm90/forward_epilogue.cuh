@@ -6,18 +6,12 @@
 #include "forward_config.h"
 #include "forward_producer.cuh"
 #include "softmax.cuh"
+#include "store_matrix.cuh"
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
 
 constexpr int kEpilogueBarrier = 5;  // named barriers: one for each consumer warpgroup
-
-// Four 8x8 matrices of 16-bit values; lanes 8i .. 8i + 7 give the row addresses of matrix i.
-__device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&fragment)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(fragment[0]),
-               "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
-               : "memory");
-}
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void write_output(const KernelParams& p, const CUtensorMap& map, uint32_t shared,

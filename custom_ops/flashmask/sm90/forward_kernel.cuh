@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../cuda/launch.h"
+#include "../cuda/launch_kernel.cuh"
 #include "forward_consumer.cuh"
 #include "tensor_map.h"
 
@@ -80,9 +81,6 @@ cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   if (status == cudaSuccess) status = make(&maps.out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, 64);
   if (status != cudaSuccess) return status;
 
-  const auto kernel = forward_kernel<T, kHeadDim>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
-  if (status != cudaSuccess) return status;
   int device = 0, multiprocessors = 0;
   status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
@@ -92,8 +90,7 @@ cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const int items = forward_row_tiles<Config::kConsumers>(p) * op.batch * op.heads_q;
   const int blocks = std::min(items, multiprocessors);
-  kernel<<<blocks, Config::kThreads, Layout::kBytes, stream>>>(p, maps);
-  return cudaGetLastError();
+  return launch_kernel(forward_kernel<T, kHeadDim>, blocks, Config::kThreads, Layout::kBytes, stream, p, maps);
 }
 
 }  // namespace flashmask::sm90

@@ -6,6 +6,7 @@
 #include "../cuda/tile_lists.cuh"
 #include "barrier.cuh"
 #include "forward_config.h"
+#include "ring.cuh"
 #include "schedule.cuh"
 
 namespace flashmask::sm90 {

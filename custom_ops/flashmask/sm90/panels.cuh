@@ -58,4 +58,15 @@ struct Panels {
   }
 };
 
+// Lane address for store_matrix of 16 rows x 16 columns (an operand of wgmma) at the corner (row, 0) of a tile of
+// Panels; `row` is a multiple of 8. Further columns: matrix_moved.
+template <typename Tile>
+__device__ __forceinline__ uint32_t matrix_corner(uint32_t base, int row, int lane) {
+  return base + Tile::chunk_offset(row + (lane & 15), lane >> 4);
+}
+template <typename Tile>
+__device__ __forceinline__ uint32_t matrix_moved(uint32_t corner, int column) {
+  return (corner ^ (column % Tile::kPanel * 2)) + column / Tile::kPanel * Tile::kPanelBytes;
+}
+
 }  // namespace flashmask::sm90
