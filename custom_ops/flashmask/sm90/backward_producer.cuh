@@ -69,6 +69,9 @@ __device__ __forceinline__ void write_step(uint32_t address, Step step) {
 }
 
 // One warp: K and V once, then Q, dO and their rows' lse and delta, step by step.
+//
+// Here and in take_dq_away the warp waits together (wait_warp): a lane that the leader leaves behind in a wait could
+// miss the phase and the one after it, and would then wait for ever.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_tiles(const KernelParams& p, const BackwardMaps& maps, const BackwardBlock& block,
                                             uint32_t shared_base) {
@@ -111,14 +114,14 @@ __device__ __forceinline__ void bring_tiles(const KernelParams& p, const Backwar
       }
       load_bytes(rows_place, rows + query, kRowBytes, barrier.address);
     };
-    barriers.q_empty(q_ring.stage).wait(q_ring.parity ^ 1);
+    barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
     if (leader) {
       write_step(base + Layout::kSteps + q_ring.stage * 16, Step{2 * tile + partial, block.mask_index(p.op, head),
                                                                  static_cast<int>(block.batch_head(p.op, head)), 0});
       load(base + Layout::kQ + q_ring.stage * QTile::kBytes, maps.q, base + Layout::kLse + q_ring.stage * kRowBytes,
            p.query_lse, barriers.q_full(q_ring.stage));
     }
-    barriers.do_empty(do_ring.stage).wait(do_ring.parity ^ 1);
+    barriers.do_empty(do_ring.stage).wait_warp(do_ring.parity ^ 1);
     if (leader) {
       load(base + Layout::kDo + do_ring.stage * QTile::kBytes, maps.dout,
            base + Layout::kDelta + do_ring.stage * kRowBytes, p.query_delta, barriers.do_full(do_ring.stage));
@@ -127,7 +130,7 @@ __device__ __forceinline__ void bring_tiles(const KernelParams& p, const Backwar
     q_ring.advance();
     do_ring.advance();
   });
-  barriers.q_empty(q_ring.stage).wait(q_ring.parity ^ 1);
+  barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
   if (leader) {
     write_step(shared_base + Layout::kSteps + q_ring.stage * 16, Step{-1, 0, 0, 0});
     barriers.q_full(q_ring.stage).arrive();
@@ -169,7 +172,7 @@ __device__ __forceinline__ void take_dq_away(const KernelParams& p, const Backwa
     if constexpr (kDeterministic) {
       wait_for_turn<Config>(p, turn, block.mask_index(p.op, head), tile, block.column_tile, Config::kConsumers);
     }
-    barriers.dq_full(consumer).wait(parity);
+    barriers.dq_full(consumer).wait_warp(parity);
     parity ^= 1;
     if (leader) {
       add_floats(p.dq_accumulator + (batch_head * p.padded_rows + tile * Config::kRows) * kHeadDim +
