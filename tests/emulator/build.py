@@ -1,0 +1,63 @@
+"""Builds the Hopper kernels for the emulated machine: one shared library for a direction and head dim."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FLASHMASK = HERE.parents[1] / "custom_ops" / "flashmask"
+TYPES = {"bf16": ("__nv_bfloat16", "FLASHMASK_BFLOAT16"), "fp16": ("__half", "FLASHMASK_FLOAT16")}
+FLAGS = (
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+    "-fno-extern-tls-init",  # dynamic shared memory is declared like thread-local data
+)
+
+
+class Builder:
+    """A copy of the kernels under `folder`, with the machine's headers over those that hold PTX."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = folder / "flashmask"
+        shutil.copytree(FLASHMASK, self.source)
+        shutil.copytree(HERE / "overlay", self.source, dirs_exist_ok=True)
+        machine = [(HERE / f"{name}.cpp", "-O3") for name in ("scheduler", "synchronisation", "copy_engine")]
+        machine += [(HERE / "tensor_cores.cpp", "-O3"), (HERE / "entry.cpp", "-O2")]
+        host = [(self.source / "cuda" / name, "-O2") for name in ("cuda_backend.cu", "tile_lists.cu")]
+        self.common = [self._compile(source, level) for source, level in machine + host]
+
+    def library(self, direction: str, head_dim: int, dtypes: tuple[str, ...] = ("bf16", "fp16")) -> Path:
+        """Compiles the kernels of "forward" or "backward" for one head dim; returns the library's path."""
+        name = f"{direction}_{head_dim}"
+        generated = self.folder / name
+        generated.mkdir()
+        table, objects = "", []
+        for dtype in dtypes:
+            type_, enumerator = TYPES[dtype]
+            table += f"FLASHMASK_{direction.upper()}(sm90, 90, 90, {enumerator}, {type_}, {head_dim})\n"
+            text = (self.source / "cuda" / "instance.cu.in").read_text()
+            values = {"ARCH": "sm90", "DIRECTION": direction, "TYPE": type_, "HEAD_DIM": str(head_dim)}
+            for key, value in values.items():
+                text = text.replace(f"@{key}@", value)
+            instance = generated / f"instance_{dtype}.cu"
+            instance.write_text(text)
+            objects.append(self._compile(instance, "-O2"))
+        (generated / "built_kernels.inc").write_text(table)
+        objects.append(self._compile(self.source / "cuda" / "kernel_table.cu", "-O2", generated))
+        library = self.folder / f"lib{name}.so"
+        _run("g++", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", "-o", library, *self.common, *objects)
+        return library
+
+    def _compile(self, source: Path, level: str, *include: Path) -> Path:
+        output = self.folder / f"{source.parent.name}_{source.stem}{'_' + include[0].name if include else ''}.o"
+        folders = [f"-I{folder}" for folder in (HERE, HERE / "toolkit", self.source, *include)]
+        _run("g++", *FLAGS, level, *folders, "-include", "cuda_runtime.h", "-x", "c++", "-c", source, "-o", output)
+        return output
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")

@@ -1,0 +1,145 @@
+// What the emulated machine knows of blocks, warps and threads.
+#pragma once
+
+#include <stdint.h>
+
+#include <deque>
+#include <functional>
+#include <list>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "machine.h"
+
+namespace emulator {
+
+struct Block;
+struct Warp;
+
+enum class State { kReady, kInCollective, kAtBarrier, kAtNamedBarrier, kAtCounter, kAtRegisters, kDone };
+
+// Stores and reductions of the copy engine: first the shared memory is read, some time later the result is written.
+struct BulkOperation {
+  std::function<void()> read, write;
+};
+struct BulkGroup {
+  std::vector<BulkOperation> operations;
+  bool is_read = false, is_written = false;
+
+  void read();
+  void write();
+};
+
+struct Thread {
+  void* stack_pointer = nullptr;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  int index = 0, lane = 0;
+
+  State state = State::kReady;
+  const char* collective = "";       // kInCollective
+  uint32_t place = 0, parity = 0;    // kAtBarrier: address and parity; kAtNamedBarrier: id
+  const int32_t* counter = nullptr;  // kAtCounter
+  int32_t target = 0;                // kAtCounter, kAtRegisters
+
+  bool begun = false;  // wgmma_begin since the last commit
+  std::vector<Product> products;
+  std::vector<BulkOperation> stores;
+  std::deque<std::shared_ptr<BulkGroup>> store_groups;
+  std::vector<uint32_t> unfenced;     // 16-byte chunks of shared memory
+  std::vector<uint32_t> unpublished;  // barriers
+};
+
+// The accumulator of a warp while the tensor cores have it.
+struct Accumulator {
+  int groups;
+  float* lanes[32];
+  std::vector<float> values;  // [16 rows][8 * groups]
+  int pending = 0;            // products
+};
+struct WarpProduct {
+  Product product;
+  Accumulator* accumulator;
+  uint32_t a[32][4];           // register operands when issued
+  const uint32_t* a_home[32];  // and where they were
+};
+
+struct Warp {
+  Block* block = nullptr;
+  Thread* lanes[32];
+  int index = 0;
+  int ready = 32, done = 0;
+  uint32_t priority = 0;
+  int registers = 0;
+
+  // The collective that lanes have come to.
+  int arrived = 0;
+  const char* collective = "";
+  uint32_t in[32], out[32];
+  uint32_t (*operation)(uint32_t, uint32_t) = nullptr;
+  uint64_t generation = 0;  // of the named barrier
+
+  std::list<Accumulator> accumulators;
+  std::deque<std::vector<WarpProduct>> product_groups;
+  uint64_t product_hash = 0;
+};
+
+struct MBarrier {
+  int number = 0;  // in the order of init
+  int count = 0, pending = 0;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+  bool published = false;
+  std::vector<Thread*> waiting;
+};
+
+struct NamedBarrier {
+  int arrived = 0, expected = 0;
+  uint64_t warps = 0, generation = 0;
+  std::vector<Thread*> waiting;
+};
+
+// What the copy engine has yet to do.
+struct CopyEvent {
+  bool is_load;
+  std::function<void()> run;
+};
+
+struct Block {
+  unsigned x = 0, y = 0;
+  int slot = 0;
+  int done = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;  // from address 0 on
+  std::vector<int16_t> unfenced_by;   // thread + 1 of each 16-byte chunk
+  std::unordered_map<uint32_t, MBarrier> barriers;
+  NamedBarrier named[16];
+  std::vector<CopyEvent> events;
+  int free_registers = 0;
+  std::vector<Thread*> waiting_for_registers;
+
+  unsigned char* shared_at(uint32_t address, int bytes);
+  MBarrier& barrier_at(uint32_t address);
+  void complete_if_done(MBarrier* barrier);
+  void poison(uint32_t address, int bytes);
+  // For tensor cores and copy engine: NaN where a write was not fenced.
+  void read_async(void* destination, uint32_t address, int bytes);
+  void write_async(uint32_t address, const void* source, int bytes);
+};
+
+extern Thread* current;  // null while the scheduler or the copy engine works
+extern Options options;
+
+uint64_t random_bits();
+uint32_t collective(const char* name, uint32_t value, void (*combine)(Warp&));
+void block_on(State state);
+void make_ready(Thread* thread);
+void make_all_ready(std::vector<Thread*>* threads);
+
+void forget_counters();  // what fibers of the last launch waited for
+void run_product_group(Warp* warp);
+
+}  // namespace emulator
