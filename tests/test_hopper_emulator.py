@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-import problem
-from problem import Emulated, EmulatedError, Problem
-
-import build
+import compilation
+import emulated
+from emulated import Emulated, EmulatedError, Problem
 
 pytestmark = [
     pytest.mark.skipif(
@@ -42,12 +41,12 @@ Libraries = Callable[[str, int], Emulated]
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     """Compiles what is asked for, once."""
-    builder: list[build.Builder] = []
+    builder: list[compilation.Builder] = []
     built: dict[tuple[str, int], Emulated] = {}
 
     def get(direction: str, head_dim: int) -> Emulated:
         if not builder:
-            builder.append(build.Builder(tmp_path_factory.mktemp("emulator")))
+            builder.append(compilation.Builder(tmp_path_factory.mktemp("emulator")))
         key = (direction, head_dim)
         if key not in built:
             built[key] = Emulated(builder[0].library(*key))
@@ -60,7 +59,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
 def test_random_problems_match_the_reference(direction: str, head_dim: int, low_dim: int, libraries: Libraries) -> None:
     library = libraries(direction, head_dim)
     for number in range(CASES):
-        case = problem.random_problem(np.random.default_rng((head_dim, number)), head_dim, low_dim)
+        case = emulated.random_problem(np.random.default_rng((head_dim, number)), head_dim, low_dim)
         errors = case.errors(case.run(library))
         assert max(errors.values()) < LIMIT, (case, errors)
 
@@ -82,7 +81,7 @@ def test_results_do_not_depend_on_the_schedule(
 def test_skipped_tiles_change_no_bit(libraries: Libraries) -> None:
     library = libraries("forward", 128)
     for number in range(6):
-        case = problem.random_problem(np.random.default_rng((1, number)), 128, 104, no_skip=False, n=4, causal=False)
+        case = emulated.random_problem(np.random.default_rng((1, number)), 128, 104, no_skip=False, n=4, causal=False)
         everything = dataclasses.replace(case, no_skip=True).run(library)
         for name, array in case.run(library).items():
             np.testing.assert_array_equal(array, everything[name], name)
@@ -135,18 +134,18 @@ def test_no_wait_can_be_left_out(
     direction: str, head_dim: int, barrier: int, libraries: Libraries, fault_cases: Callable[[int], list[Problem]]
 ) -> None:
     library = libraries(direction, head_dim)
-    assert any(is_noticed(case, library, (problem.BARRIER_WAIT, barrier)) for case in fault_cases(head_dim))
+    assert any(is_noticed(case, library, (emulated.BARRIER_WAIT, barrier)) for case in fault_cases(head_dim))
 
 
 @pytest.mark.parametrize(
     ("direction", "fault"),
     [
-        *(("forward", (problem.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 5, 6)),
-        *(("backward", (problem.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 3, 4, 5)),
-        *((direction, (problem.PROXY_FENCE, 0)) for direction in ("forward", "backward")),
-        *((direction, (problem.STORE_WAIT, 0)) for direction in ("forward", "backward")),
-        *((direction, (problem.WGMMA_WAIT, 0)) for direction in ("forward", "backward")),
-        *((direction, (problem.WGMMA_BEGIN, 0)) for direction in ("forward", "backward")),
+        *(("forward", (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 5, 6)),
+        *(("backward", (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 3, 4, 5)),
+        *((direction, (emulated.PROXY_FENCE, 0)) for direction in ("forward", "backward")),
+        *((direction, (emulated.STORE_WAIT, 0)) for direction in ("forward", "backward")),
+        *((direction, (emulated.WGMMA_WAIT, 0)) for direction in ("forward", "backward")),
+        *((direction, (emulated.WGMMA_BEGIN, 0)) for direction in ("forward", "backward")),
     ],
 )
 def test_nor_anything_else(
@@ -161,12 +160,12 @@ def test_a_deadlock_says_who_waits_for_what(direction: str, libraries: Libraries
     with pytest.raises(
         EmulatedError, match=rf"(?s)deadlock.*block 0 warp \d+ lanes 0-31 for mbarrier {barrier}, parity"
     ):
-        dense_case(128, 0).run(libraries(direction, 128), (problem.ARRIVAL, barrier))
+        dense_case(128, 0).run(libraries(direction, 128), (emulated.ARRIVAL, barrier))
 
 
 def test_all_ptx_is_in_files_that_the_machine_replaces() -> None:
-    overlay = build.HERE / "overlay"
+    overlay = compilation.HERE / "overlay"
     replaced = {path.relative_to(overlay) for path in overlay.rglob("*.cuh")}
-    sources = {path.relative_to(build.FLASHMASK): path for path in build.FLASHMASK.rglob("*.cuh")}
+    sources = {path.relative_to(compilation.FLASHMASK): path for path in compilation.FLASHMASK.rglob("*.cuh")}
     with_ptx = {name for name, path in sources.items() if re.search(r"\basm\b|<<<", path.read_text())}
     assert {name for name in with_ptx if name.parts[0] != "sm80"} == replaced

@@ -22,7 +22,7 @@ class EmulatedError(RuntimeError):
 
 
 class Emulated:
-    """A library of build.py."""
+    """A library of compilation.py."""
 
     def __init__(self, path: Path) -> None:
         self.direction = path.stem.removeprefix("lib").partition("_")[0]
