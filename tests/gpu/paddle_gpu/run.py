@@ -12,8 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+UNPACKED = Path(tempfile.gettempdir()) / "flashmask_paddle_gpu"
 
 SECONDS_PER_FILE = 150
 
@@ -81,7 +84,7 @@ def run_file(file: Path, target: Path, variables: dict[str, str]) -> dict[str, o
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=Path, nargs="+", required=True, help="the folders that prepare.py wrote")
-    parser.add_argument("--target", type=Path, default=Path("/tmp/flashmask_paddle_gpu"), help="where to unpack")
+    parser.add_argument("--target", type=Path, default=UNPACKED, help="where to unpack")
     parser.add_argument("--results", type=Path, default=Path("results.json"))
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     options = parser.parse_args()
