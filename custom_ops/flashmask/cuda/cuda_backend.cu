@@ -121,11 +121,13 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   Workspace workspace(workspace_base);
   const FlashmaskParams& op = p->op;
   set_shape(shape, p);
+  p->column_works = p->lists.column_tiles * op.batch * op.heads_k;
   p->padded_rows = static_cast<int32_t>(ceil_div(op.seqlen_q, kBackwardRowAlign) * kBackwardRowAlign);
   const int64_t rows = static_cast<int64_t>(op.batch) * op.heads_q * p->padded_rows;
   p->dq_accumulator = workspace.take<float>(rows * head_dim);
   p->query_lse = workspace.take<float>(rows);
   p->query_delta = workspace.take<float>(rows);
+  p->work_counter = workspace.take<int32_t>(1);
   if (op.deterministic) {
     p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles + 1);
   }

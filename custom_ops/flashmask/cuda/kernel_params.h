@@ -39,9 +39,10 @@ struct KernelParams {
 
   int32_t schedule_heads;  // heads handed out together, so that their keys and values stay in the L2 cache
 
-  int32_t* work_counter;  // forward, persistent kernels: how many pieces of work were handed out
+  int32_t* work_counter;  // persistent kernels: how many pieces of work were handed out
 
   // Backward only. Rows are padded to whole tiles.
+  int32_t column_works;  // column tiles of all key heads
   int32_t padded_rows;
   float* query_lse;       // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;     // [batch * heads_q, padded_rows]: sum(dout * out)

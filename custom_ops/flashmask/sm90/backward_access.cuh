@@ -17,7 +17,7 @@ __device__ __forceinline__ void arrive_warp(Barrier barrier) {
 
 __device__ __forceinline__ Step read_step(uint32_t address) {
   const uint4 words = load_shared_128(address);
-  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), 0};
+  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
 }
 
 }  // namespace flashmask::sm90

@@ -47,16 +47,21 @@ struct BackwardConfig<192> : WideBackwardShape<3> {};
 template <>
 struct BackwardConfig<256> : WideBackwardShape<2> {};
 
+// Of the persistent kernel: intervals of a column tile's keys, and tickets that its warps are to work on.
+constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
+
 template <int kHeadDim>
 struct BackwardLayout {
   using Config = BackwardConfig<kHeadDim>;
   using KTile = Panels<Config::kColumns, kHeadDim>;        // [keys, dims]; V too
   using QTile = Panels<Config::kRows, kHeadDim>;           // [queries, dims]; dO too
   using DsTile = Panels<Config::kColumns, Config::kRows>;  // [keys, queries]: dS^T
+  using GradientTile = Panels<64, kHeadDim>;               // dK of a warpgroup's keys, up to 128 dims
   // dQ of a row tile in float32, in the order of accumulator fragments, [groups of 8 dims][128 threads][4]; where the
   // warpgroups share the rows, one such part each.
   static constexpr int kDqGroups = Config::kRows * kHeadDim / Config::kConsumers / kWarpgroup / 4;
   static constexpr int kDqPartFloats = kDqGroups * kWarpgroup * 4;
+  static_assert(Config::kWide || GradientTile::kBytes <= kDqPartFloats * 4);  // dK leaves through it
   // P^T on its way from one warpgroup to the other: a register operand of each thread.
   static constexpr int kPBytes = Config::kColumns * Config::kRows * 2;
 
@@ -71,20 +76,24 @@ struct BackwardLayout {
       Config::kWide ? kP + Config::kDsBuffers * kPBytes : kDq + Config::kConsumers * kDqPartFloats * 4;
   static constexpr int kDelta = kLse + Config::kQStages * Config::kRows * 4;
   static constexpr int kBounds = kDelta + Config::kDoStages * Config::kRows * 4;  // int4 a key: its two intervals
-  static constexpr int kSteps = kBounds + Config::kColumns * 16;                  // a Step for each stage of Q
-  static constexpr int kBarriers = kSteps + Config::kQStages * 16;
-  static constexpr int kBarrierCount =
-      2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers + Config::kConsumers) + 2;
+  static constexpr int kBoundsBytes = Config::kColumns * 16;
+  static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
+  static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
+  static constexpr int kBarriers = kWork + kWorkSlots * 16;
+  static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
+                                       3 * Config::kConsumers + 3 + 2 * (kBoundsBuffers + kWorkSlots);
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
   static_assert(kBytes <= 227 * 1024);
 };
 
 // What the producer tells the consumers of a stage.
 struct Step {
-  int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or -1 after the last
+  static constexpr int kEndOfTile = -1, kEndOfWork = -2;
+
+  int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or one of the above
   int32_t mask;  // index of its mask: batch * heads_mask + mask head
   int32_t batch_head;
-  int32_t unused;
+  int32_t bounds;  // persistent kernel: which of the column tile's masks, from 0; at its end the last
 };
 
 // The barriers of a block. Arrivals count warps of consumers, or one thread of a producer.
@@ -95,7 +104,9 @@ struct BackwardBarriers {
   static constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   static constexpr int kQ = 0, kDo = kQ + 2 * Config::kQStages, kDs = kDo + 2 * Config::kDoStages,
                        kP = kDs + 2 * Config::kDsBuffers, kDq = kP + 2 * Config::kDsBuffers,
-                       kKV = kDq + 2 * Config::kConsumers;
+                       kK = kDq + 2 * Config::kConsumers, kV = kK + 3, kBounds = kV + Config::kConsumers,
+                       kWork = kBounds + 2 * kBoundsBuffers;
+  static_assert(kWork + 2 * kWorkSlots == Layout::kBarrierCount);
   uint32_t base;  // of the shared memory
 
   __device__ __forceinline__ Barrier at(int index) const { return Barrier{base + Layout::kBarriers + index * 8}; }
@@ -111,8 +122,16 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier p_empty(int buffer) const { return at(kP + Config::kDsBuffers + buffer); }
   __device__ __forceinline__ Barrier dq_full(int consumer) const { return at(kDq + consumer); }
   __device__ __forceinline__ Barrier dq_empty(int consumer) const { return at(kDq + Config::kConsumers + consumer); }
-  __device__ __forceinline__ Barrier k_full() const { return at(kKV); }
-  __device__ __forceinline__ Barrier v_full() const { return at(kKV + 1); }
+  __device__ __forceinline__ Barrier k_full() const { return at(kK); }
+  __device__ __forceinline__ Barrier k_empty() const { return at(kK + 1); }
+  // dV of the first warpgroup lies in its place of V, to be taken away. That of the other does when K is empty.
+  __device__ __forceinline__ Barrier dv_full() const { return at(kK + 2); }
+  // Of the keys of one warpgroup; above 128 dims the first is of all.
+  __device__ __forceinline__ Barrier v_full(int consumer) const { return at(kV + consumer); }
+  __device__ __forceinline__ Barrier bounds_full(int buffer) const { return at(kBounds + buffer); }
+  __device__ __forceinline__ Barrier bounds_empty(int buffer) const { return at(kBounds + kBoundsBuffers + buffer); }
+  __device__ __forceinline__ Barrier work_full(int slot) const { return at(kWork + slot); }
+  __device__ __forceinline__ Barrier work_empty(int slot) const { return at(kWork + kWorkSlots + slot); }
 
   __device__ __forceinline__ void init() const {
     for (int stage = 0; stage < Config::kQStages; ++stage) {
@@ -132,9 +151,19 @@ struct BackwardBarriers {
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       dq_full(consumer).init(kWarpgroup / 32);
       dq_empty(consumer).init(1);
+      v_full(consumer).init(1);
     }
     k_full().init(1);
-    v_full().init(1);
+    k_empty().init(kConsumerWarps);
+    dv_full().init(kWarpgroup / 32);
+    for (int buffer = 0; buffer < kBoundsBuffers; ++buffer) {
+      bounds_full(buffer).init(1);
+      bounds_empty(buffer).init(kConsumerWarps);
+    }
+    for (int slot = 0; slot < kWorkSlots; ++slot) {
+      work_full(slot).init(1);
+      work_empty(slot).init(1 + Config::kConsumers);  // warps that bring rows or take dQ away
+    }
     publish_barriers();
   }
 };

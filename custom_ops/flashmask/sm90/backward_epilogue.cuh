@@ -1,9 +1,9 @@
-// dK and dV of 64 keys: from the accumulators of a warpgroup to the places of K and V, and from there by TMA.
+// dK and dV of 64 keys: from the accumulators of a warpgroup to shared memory, and from there by TMA.
 #pragma once
 
 #include "../cuda/element.cuh"
 #include "backward_access.cuh"
-#include "backward_producer.cuh"
+#include "backward_work.cuh"
 #include "store_matrix.cuh"
 #include "tma.cuh"
 
@@ -24,14 +24,15 @@ __device__ __forceinline__ void gradient_to_shared(float (&gradient)[kGroups][4]
   }
 }
 
-// By one thread, after a fence and a barrier. Keys and dims outside the tensor are left out by the copy engine.
-template <typename KTile>
+// By one thread, after a fence and a barrier. `place` is that of the first of 64 keys in a tile of Tile; they are
+// `first_key` and on in the column tile. Keys and dims outside the tensor are left out by the copy engine.
+template <typename Tile>
 __device__ __forceinline__ void store_gradient(const CUtensorMap& map, uint32_t place, int first_key,
                                                const BackwardBlock& block) {
 #pragma unroll
-  for (int panel = 0; panel < KTile::kPanels; ++panel) {
-    store_box(map, place + panel * KTile::kPanelBytes + first_key * KTile::kRowBytes, panel * KTile::kPanel,
-              block.column_begin + first_key, block.head_k, block.batch);
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    store_box(map, place + panel * Tile::kPanelBytes, panel * Tile::kPanel, block.column_begin + first_key,
+              block.head_k, block.batch);
   }
 }
 __device__ __forceinline__ void finish_stores() {

@@ -1,5 +1,5 @@
-// Backward for Hopper: one block per column tile of one key head, over the query heads of its group and their active
-// row tiles.
+// Backward for Hopper: column tiles of one key head, over the query heads of its group and their active row tiles. Up
+// to 128 dims persistent blocks take one after the other, above there is a block for each.
 //
 // A producer warpgroup moves tiles by TMA, two consumer warpgroups compute. Scores are computed transposed,
 // S^T = K Q^T: keys are then on the M axis of the accumulators, so P^T and dS^T become register operands of
@@ -10,7 +10,9 @@
 
 #include "../cuda/launch.h"
 #include "../cuda/launch_kernel.cuh"
+#include "../cuda/multiprocessors.h"
 #include "backward_epilogue.cuh"
+#include "backward_keys.cuh"
 #include "backward_mainloop.cuh"
 #include "backward_producer.cuh"
 #include "backward_rows.cuh"
@@ -19,12 +21,50 @@
 
 namespace flashmask::sm90 {
 
+// All of a block above 128 dims: one column tile.
+template <typename T, int kHeadDim, bool kDeterministic>
+__device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMaps& maps, uint32_t base, int warp) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using KTile = typename Layout::KTile;
+  int number = blockIdx.x;
+  if constexpr (kDeterministic) {
+    const uint32_t ticket = base + Layout::kWork;
+    if (threadIdx.x == 0) store_shared_32(ticket, atomicAdd(p.work_counter, 1));
+    __syncthreads();
+    number = load_shared_32(ticket);
+  }
+  const BackwardBlock block(p, column_work(p, number));
+  if (warp < kWarpgroup / 32) {
+    shrink_registers<24>();
+    if (warp == 0) {
+      if (threadIdx.x == 0) {
+        load_k<kHeadDim>(maps, block, base);
+        load_v<kHeadDim>(maps, block, base, 0);
+      }
+      __syncwarp();
+      RowRings<typename Layout::Config> rings;
+      bring_rows<kHeadDim>(p, maps, block, base, &rings);
+      bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, 0);
+    }
+  } else {
+    grow_registers<240>();
+    const WideConsumer<T, kHeadDim, kDeterministic> consumer{base};
+    float gradient[kHeadDim / 8][4];
+    if (warp < 2 * kWarpgroup / 32) {
+      consumer.make_p(p, block, gradient);
+      store_alone<T, KTile>(gradient, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
+    } else {
+      consumer.make_ds(p, block, gradient);
+      store_alone<T, KTile>(gradient, p.op.softmax_scale, maps.dk, base + Layout::kK, kOwnBarrier + 1, block);
+    }
+  }
+}
+
 template <typename T, int kHeadDim, bool kDeterministic>
 __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams p, const __grid_constant__ BackwardMaps maps) {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
-  using KTile = typename Layout::KTile;
   extern __shared__ __align__(1024) char raw[];
   const uint32_t base = shared_address(raw);
 
@@ -33,50 +73,23 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   } else if (threadIdx.x == 32) {
     for (const CUtensorMap* map : {&maps.k, &maps.v, &maps.q, &maps.dout}) prefetch_map(*map);
   }
-  int number = blockIdx.x;
-  if constexpr (kDeterministic) {
-    const uint32_t ticket = base + Layout::kBounds;  // free until the first bounds come
-    int* counter = p.turns + static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles;
-    if (threadIdx.x == 0) store_shared_32(ticket, atomicAdd(counter, 1));
-    __syncthreads();
-    number = load_shared_32(ticket);
-  }
   __syncthreads();
-  const BackwardBlock block(p, number, Config::kColumns);
 
   const int warp = uniform(threadIdx.x / 32);
-  if (warp < kWarpgroup / 32) {
+  if constexpr (Config::kWide) {
+    run_wide<T, kHeadDim, kDeterministic>(p, maps, base, warp);
+  } else if (warp < kWarpgroup / 32) {
     shrink_registers<24>();
     if (warp == 0) {
-      bring_tiles<kHeadDim>(p, maps, block, base);
-    } else if (!Config::kWide && warp <= Config::kConsumers) {
-      take_dq_away<kHeadDim, kDeterministic>(p, block, base, warp - 1);
+      bring_all_rows<kHeadDim>(p, maps, base);
+    } else if (warp <= Config::kConsumers) {
+      take_all_away<kHeadDim, kDeterministic>(p, maps, base, warp - 1);
+    } else {
+      bring_keys<kHeadDim>(p, maps, base);
     }
   } else {
     grow_registers<240>();
-    if constexpr (!Config::kWide) {
-      BackwardConsumer<T, kHeadDim> consumer(base);
-      consumer.run(p, block.column_begin);
-      const int first_key = consumer.consumer * 64, barrier = kOwnBarrier + consumer.consumer;
-      named_barrier_sync(kAllConsumers, Config::kConsumers * kWarpgroup);  // all are done with K and V
-      gradient_to_shared<T, KTile>(consumer.dv, 1.0f, base + Layout::kV, first_key);
-      gradient_to_shared<T, KTile>(consumer.dk, p.op.softmax_scale, base + Layout::kK, first_key);
-      fence_async_proxy();
-      named_barrier_sync(barrier, kWarpgroup);
-      if (consumer.thread() == 0) {
-        store_gradient<KTile>(maps.dv, base + Layout::kV, first_key, block);
-        store_gradient<KTile>(maps.dk, base + Layout::kK, first_key, block);
-        finish_stores();
-      }
-    } else if (warp < 2 * kWarpgroup / 32) {
-      float dv[kHeadDim / 8][4];
-      WideConsumer<T, kHeadDim, kDeterministic>{base}.make_p(p, block, dv);
-      store_alone<T, KTile>(dv, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
-    } else {
-      float dk[kHeadDim / 8][4];
-      WideConsumer<T, kHeadDim, kDeterministic>{base}.make_ds(p, block, dk);
-      store_alone<T, KTile>(dk, p.op.softmax_scale, maps.dk, base + Layout::kK, kOwnBarrier + 1, block);
-    }
+    BackwardConsumer<T, kHeadDim>(base).run(p);
   }
 }
 
@@ -98,7 +111,7 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
   };
   constexpr int kPanelK = Layout::KTile::kPanel, kPanelQ = Layout::QTile::kPanel;
   make(&maps->k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kColumns, kPanelK);
-  make(&maps->v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, Config::kColumns, kPanelK);
+  make(&maps->v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
   make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 64, kPanelK);
   make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
   if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
@@ -113,10 +126,11 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
   using Layout = BackwardLayout<kHeadDim>;
-  const int blocks = p.lists.column_tiles * p.op.batch * p.op.heads_k;
+  int blocks = p.column_works;
   if (blocks == 0) return cudaSuccess;
   BackwardMaps maps;
   cudaError_t status = make_backward_maps<kHeadDim>(p.op, &maps);
+  if (status == cudaSuccess && !Layout::Config::kWide) status = limit_to_multiprocessors(&blocks);
   if (status != cudaSuccess) return status;
   const auto kernel = p.turns != nullptr ? backward_kernel<T, kHeadDim, true> : backward_kernel<T, kHeadDim, false>;
   return launch_kernel(kernel, blocks, Layout::Config::kThreads, Layout::kBytes, stream, p, maps);
@@ -127,7 +141,7 @@ cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
   cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
   if (status != cudaSuccess) return status;
   if (p.turns != nullptr) {
-    const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles + 1;
+    const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles;
     status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }

@@ -1,4 +1,5 @@
-// What one consumer warpgroup does for its 64 keys, over all steps (row tiles) of the block.
+// What one consumer warpgroup does for its 64 keys of a column tile, over all steps (row tiles); and so for one column
+// tile after the other.
 //
 // Products are issued early and waited for late, so that the tensor cores have work while exponentials are computed
 // (docs/hopper-kernel.md has the picture):
@@ -17,6 +18,7 @@
 
 #include "../cuda/element.cuh"
 #include "backward_access.cuh"
+#include "backward_epilogue.cuh"
 #include "backward_mask.cuh"
 #include "store_matrix.cuh"
 #include "wgmma.cuh"
@@ -37,13 +39,17 @@ struct BackwardConsumer {
   int consumer;   // which of the warpgroups
   BackwardBarriers<kHeadDim> barriers;
 
-  float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
+  // All of this goes on from column tile to column tile.
+  Ring<Config::kQStages> q;
+  Ring<Config::kDoStages> dout;
+  Ring<Config::kDsBuffers> ds, previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
+  Ring<1> dq_slot;
+  uint32_t tile_parity = 0;
+  int bounds = -1;       // which intervals of keys are in use, of all that the block gets
+  int first_bounds = 0;  // those of the column tile's first mask
 
   __device__ __forceinline__ explicit BackwardConsumer(uint32_t base)
-      : base(base), consumer(uniform(threadIdx.x / kWarpgroup) - 1), barriers{base} {
-    clear(dk);
-    clear(dv);
-  }
+      : base(base), consumer(uniform(threadIdx.x / kWarpgroup) - 1), barriers{base} {}
   __device__ __forceinline__ int thread() const { return threadIdx.x % kWarpgroup; }
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int first_key() const { return threadIdx.x / 32 * 16 - kWarpgroup / 2; }  // of the warp
@@ -92,9 +98,12 @@ struct BackwardConsumer {
   }
 
   // dQ, scaled, on its way out: to shared memory, and then the word to the warp that adds it to global memory.
-  __device__ __forceinline__ void store_dq(const float (&dq)[Layout::kDqGroups][4], uint32_t place, Ring<1>* slot) {
-    barriers.dq_empty(consumer).wait(slot->parity ^ 1);
-    slot->advance();
+  __device__ __forceinline__ void wait_for_dq_place() {
+    barriers.dq_empty(consumer).wait(dq_slot.parity ^ 1);
+    dq_slot.advance();
+  }
+  __device__ __forceinline__ void store_dq(const float (&dq)[Layout::kDqGroups][4], uint32_t place) {
+    wait_for_dq_place();
 #pragma unroll
     for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(place + n * kWarpgroup * 16, dq[n]);
   }
@@ -103,22 +112,26 @@ struct BackwardConsumer {
     arrive_warp(barriers.dq_full(consumer));
   }
 
+  // Frees the intervals that came before.
+  __device__ __forceinline__ void move_to_bounds(int wanted) {
+    while (bounds != wanted) {
+      if (bounds >= 0) arrive_warp(barriers.bounds_empty(bounds & (kBoundsBuffers - 1)));
+      ++bounds;
+      barriers.bounds_full(bounds & (kBoundsBuffers - 1)).wait(bounds / kBoundsBuffers & 1);
+    }
+  }
+
   __device__ __forceinline__ void begin_turn() { named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup); }
   __device__ __forceinline__ void end_turn() { named_barrier_arrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup); }
 
-  __device__ __forceinline__ void run(const KernelParams& p, int column_begin) {
+  // A column tile, whose first step has come. Leaves dV in the place of V and dK in that of dQ.
+  __device__ __forceinline__ void run_tile(const KernelParams& p) {
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
     const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
-    const uint32_t dq_place = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4 + thread() * 16;
-    const uint32_t intervals = base + Layout::kBounds;
-    int intervals_of = -1;  // which mask
-
-    Ring<Config::kQStages> q;
-    Ring<Config::kDoStages> dout;
-    Ring<Config::kDsBuffers> ds, previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
-    Ring<1> dq_slot;
-    int count = 0;
+    const uint32_t dq_part = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4;
+    const uint32_t dq_place = dq_part + thread() * 16;
+    int count = 0;  // of steps
     // Nothing is in flight from one round to the next: the compiler would give up on it, and on registers that a
     // product wrote in the round before, too, so these are scaled copies.
     float dq_scaled[Layout::kDqGroups][4];
@@ -130,20 +143,30 @@ struct BackwardConsumer {
       }
     };
 
-    barriers.k_full().wait(0);
-    barriers.v_full().wait(0);
-    if (consumer == 1) end_turn();  // so the other comes first
+    float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
+    clear(dk);
+    clear(dv);
+    fence_registers(dk);  // before the wait, not after
+    fence_registers(dv);
+    barriers.k_full().wait(tile_parity);
     while (true) {
       barriers.q_full(q.stage).wait(q.parity);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);
-      if (step.tile < 0) break;
+      if (step.tile < 0) {
+        move_to_bounds(first_bounds + step.bounds);
+        break;
+      }
       const bool partial = step.tile & 1;
       const bool has_dq = count >= 2;
       ++count;
 
       float scores[kGroups][4], dp[kGroups][4];
       score_product(scores, Layout::kK, Layout::kQ, q.stage);
-      if (has_dq) store_dq(dq_scaled, dq_place, &dq_slot);
+      if (has_dq) {
+        store_dq(dq_scaled, dq_place);
+      } else {
+        barriers.v_full(consumer).wait(tile_parity);
+      }
       barriers.do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
       if (has_dq) hand_over_dq();
@@ -155,18 +178,14 @@ struct BackwardConsumer {
       const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
 #pragma unroll
       for (int k = 0; k < kLseAhead; ++k) load_shared_float4(lse[k], lse_place + k * 64);
-      if (partial && step.mask != intervals_of) {
-        intervals_of = step.mask;
-        load_intervals(p.op, step.mask, column_begin + consumer * 64, intervals + consumer * 64 * 16, thread(),
-                       kOwnBarrier + consumer);
-      }
+      move_to_bounds(first_bounds + step.bounds);
 
       wgmma_wait<1>();
       fence_registers(scores);
       begin_turn();
       if (partial) {
-        mask_scores(scores, intervals, first_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(),
-                    masked_score);
+        mask_scores(scores, base + Layout::kBounds + (bounds & (kBoundsBuffers - 1)) * Layout::kBoundsBytes,
+                    first_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(), masked_score);
       }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
@@ -227,20 +246,46 @@ struct BackwardConsumer {
       dout.advance();
       ds.advance();
     }
-    if (consumer == 0) begin_turn();  // every end of a turn has met its beginning
-    if (count == 0) return;
-    if (count > 1) {
-      store_dq(dq_scaled, dq_place, &dq_slot);
-      hand_over_dq();
-    }
+    arrive_warp(barriers.q_empty(q.stage));
+    q.advance();
+
+    // The last dQ; after no steps at all again a product that is dropped. dV leaves while it is multiplied.
+    if (count == 0) barriers.v_full(consumer).wait(tile_parity);
     float dq[Layout::kDqGroups][4];
     barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage);
+    if (count > 1) {
+      store_dq(dq_scaled, dq_place);
+      hand_over_dq();
+    }
+    gradient_to_shared<T, KTile>(dv, 1.0f, base + Layout::kV, consumer * 64);
+    fence_async_proxy();
+    if (consumer == 0) arrive_warp(barriers.dv_full());
     wgmma_wait<0>();
     fence_registers(dq);
-    scale_dq(dq);
-    store_dq(dq_scaled, dq_place, &dq_slot);
+    arrive_warp(barriers.k_empty());
+    if (count > 0) {
+      arrive_warp(barriers.ds_empty(previous_ds.stage));
+      scale_dq(dq);
+      store_dq(dq_scaled, dq_place);
+      hand_over_dq();
+    }
+    wait_for_dq_place();
+    gradient_to_shared<T, typename Layout::GradientTile>(dk, p.op.softmax_scale, dq_part, 0);
     hand_over_dq();
+    tile_parity ^= 1;
+    first_bounds = bounds + 1;
+  }
+
+  // All column tiles of the block.
+  __device__ __forceinline__ void run(const KernelParams& p) {
+    if (consumer == 1) end_turn();  // so the other comes first
+    while (true) {
+      barriers.q_full(q.stage).wait(q.parity);
+      if (read_step(base + Layout::kSteps + q.stage * 16).tile == Step::kEndOfWork) break;
+      run_tile(p);
+    }
+    if (consumer == 0) begin_turn();  // every end of a turn has met its beginning
   }
 
  private:

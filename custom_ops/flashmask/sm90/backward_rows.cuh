@@ -1,5 +1,5 @@
-// What the backward pass does per query row: before (delta, lse, zeroed dQ) and after (dQ, which has its scale
-// already, to its storage type).
+// What the backward pass does per query row: before (delta, lse, zeroed dQ; and the work counter) and after (dQ, which
+// has its scale already, to its storage type).
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
   constexpr int kLanes = kRowLanes<kHeadDim>;
   constexpr int kRowsPerBlock = kRowThreads / kLanes;
   const FlashmaskParams& op = p.op;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.work_counter = 0;  // of the kernel that follows
   const int blocks_per_head = p.padded_rows / kRowsPerBlock;
   const int batch_head = blockIdx.x / blocks_per_head;
   const int batch = batch_head / op.heads_q, head = batch_head - batch * op.heads_q;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
 template <typename T, int kHeadDim>
 cudaError_t launch_prepare_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t lanes = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows * kRowLanes<kHeadDim>;
-  if (lanes == 0) return cudaSuccess;
+  if (lanes == 0) return cudaMemsetAsync(p.work_counter, 0, sizeof(int32_t), stream);
   return launch_kernel(prepare_rows_kernel<T, kHeadDim>, static_cast<unsigned>(lanes / kRowThreads), kRowThreads, 0,
                        stream, p);
 }

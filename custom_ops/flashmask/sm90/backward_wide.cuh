@@ -191,7 +191,7 @@ struct WideConsumer {
 
     clear(dk);
     barriers().k_full().wait(0);
-    barriers().v_full().wait(0);
+    barriers().v_full(0).wait(0);
     while (true) {
       barriers().q_full(q.stage).wait(q.parity);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);

@@ -2,10 +2,9 @@
 // in the forward_*.cuh files; docs/hopper-kernel.md shows how they work together.
 #pragma once
 
-#include <algorithm>
-
 #include "../cuda/launch.h"
 #include "../cuda/launch_kernel.cuh"
+#include "../cuda/multiprocessors.h"
 #include "forward_consumer.cuh"
 #include "tensor_map.h"
 
@@ -81,15 +80,11 @@ cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   if (status == cudaSuccess) status = make(&maps.out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, 64);
   if (status != cudaSuccess) return status;
 
-  int device = 0, multiprocessors = 0;
-  status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int blocks = forward_row_tiles<Config::kConsumers>(p) * op.batch * op.heads_q;
+  status = limit_to_multiprocessors(&blocks);
   if (status != cudaSuccess) return status;
   status = cudaMemsetAsync(p.work_counter, 0, sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
-  const int items = forward_row_tiles<Config::kConsumers>(p) * op.batch * op.heads_q;
-  const int blocks = std::min(items, multiprocessors);
   return launch_kernel(forward_kernel<T, kHeadDim>, blocks, Config::kThreads, Layout::kBytes, stream, p, maps);
 }
 

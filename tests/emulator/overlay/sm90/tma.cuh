@@ -28,6 +28,7 @@ template <int kPending>
 void wait_stores() {
   emulator::wait_stores(kPending, true);
 }
+inline void prefetch_box(const CUtensorMap&, int, int, int, int) {}
 inline void prefetch_map(const CUtensorMap&) {}
 
 }  // namespace flashmask::sm90

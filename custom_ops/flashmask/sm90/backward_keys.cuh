@@ -1,0 +1,135 @@
+// The warp of the backward kernel that brings what belongs to keys: K, V and the intervals of the mask. Up to 128 dims
+// it also takes dV away, which leaves through the place of V.
+#pragma once
+
+#include "backward_epilogue.cuh"
+#include "backward_mask.cuh"
+#include "backward_work.cuh"
+#include "ring.cuh"
+#include "tma.cuh"
+
+namespace flashmask::sm90 {
+
+// By one thread.
+template <int kHeadDim>
+__device__ __forceinline__ void load_k(const BackwardMaps& maps, const BackwardBlock& block, uint32_t shared_base) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using KTile = typename Layout::KTile;
+  const Barrier barrier = BackwardBarriers<kHeadDim>{shared_base}.k_full();
+  barrier.arrive_expecting(KTile::kBytes);
+#pragma unroll
+  for (int panel = 0; panel < KTile::kPanels; ++panel) {
+    load_box(shared_base + Layout::kK + panel * KTile::kPanelBytes, maps.k, barrier.address, panel * KTile::kPanel,
+             block.column_begin, block.head_k, block.batch);
+  }
+}
+
+// By one thread: the 64 keys of a warpgroup, or the first of 64 above 128 dims.
+template <int kHeadDim>
+__device__ __forceinline__ void load_v(const BackwardMaps& maps, const BackwardBlock& block, uint32_t shared_base,
+                                       int consumer) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using KTile = typename Layout::KTile;
+  const Barrier barrier = BackwardBarriers<kHeadDim>{shared_base}.v_full(consumer);
+  barrier.arrive_expecting(KTile::kBytes / KTile::kRows * 64);
+#pragma unroll
+  for (int panel = 0; panel < KTile::kPanels; ++panel) {
+    load_box(shared_base + Layout::kV + panel * KTile::kPanelBytes + consumer * 64 * KTile::kRowBytes, maps.v,
+             barrier.address, panel * KTile::kPanel, block.column_begin + consumer * 64, block.head_k, block.batch);
+  }
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void prefetch_keys(const BackwardMaps& maps, const BackwardBlock& block, int seqlen_k) {
+  using KTile = typename BackwardLayout<kHeadDim>::KTile;
+#pragma unroll
+  for (int panel = 0; panel < KTile::kPanels; ++panel) {
+    const int dim = panel * KTile::kPanel, key = block.column_begin;
+    prefetch_box(maps.k, dim, key, block.head_k, block.batch);
+    prefetch_box(maps.v, dim, key, block.head_k, block.batch);
+    if (key + 64 < seqlen_k) prefetch_box(maps.v, dim, key + 64, block.head_k, block.batch);
+  }
+}
+
+// One warp: the intervals of a column tile's keys, under `count` of its masks from number `first`.
+template <int kHeadDim>
+__device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t shared_base, Ring<kBoundsBuffers>* ring,
+                                             const BackwardBlock& block, int first, int count) {
+  using Layout = BackwardLayout<kHeadDim>;
+  for (int mask = block.first_mask(p.op) + first; count > 0; ++mask, --count) {
+    const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};
+    barriers.bounds_empty(ring->stage).wait_warp(ring->parity ^ 1);
+    const uint32_t place = barriers.base + Layout::kBounds + ring->stage * Layout::kBoundsBytes;
+#pragma unroll 1
+    for (int key = threadIdx.x % 32; key < Layout::Config::kColumns; key += 64) {  // two loads at a time
+      int4 both[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) both[i] = key_intervals(p.op, mask, block.column_begin + key + i * 32);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        store_shared_128(place + (key + i * 32) * 16, make_uint4(both[i].x, both[i].y, both[i].z, both[i].w));
+      }
+    }
+    arrive_warp(barriers.bounds_full(ring->stage));
+    ring->advance();
+  }
+}
+
+// One warp: K, V and intervals for all column tiles of a persistent block, and dV at the end of each. As soon as the
+// next one is known, its keys go to the L2 cache and the intervals of its first mask to shared memory.
+template <int kHeadDim>
+__device__ __forceinline__ void bring_keys(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  using KTile = typename Layout::KTile;
+  const bool leader = threadIdx.x % 32 == 0;
+  Ring<kBoundsBuffers> bounds;
+  const auto block = [&](uint32_t number) { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
+
+  bool goes_on = wait_for_work<kHeadDim>(shared_base, 0);
+  if (!goes_on) return;
+  if (leader) {
+    load_k<kHeadDim>(maps, block(0), shared_base);
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+      load_v<kHeadDim>(maps, block(0), shared_base, consumer);
+    }
+  }
+  __syncwarp();
+  bring_bounds<kHeadDim>(p, shared_base, &bounds, block(0), 0, 1);
+  for (uint32_t number = 0; goes_on; ++number) {
+    bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number), 1, block(number).masks(p.op) - 1);
+    goes_on = wait_for_work<kHeadDim>(shared_base, number + 1);
+    if (goes_on) {
+      if (leader) prefetch_keys<kHeadDim>(maps, block(number + 1), p.op.seqlen_k);
+      __syncwarp();
+      bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number + 1), 0, 1);
+    }
+
+    // The end of the column tile: the first warpgroup's dV is there before the other's last dQ is multiplied; K is free
+    // after that, and the other dV there too.
+    const BackwardBarriers<kHeadDim> barriers{shared_base};
+    const auto send_dv = [&](int consumer) {
+      if (leader) {
+        store_gradient<KTile>(maps.dv, shared_base + Layout::kV + consumer * 64 * KTile::kRowBytes, consumer * 64,
+                              block(number));
+        commit_stores();
+      }
+      __syncwarp();
+    };
+    barriers.dv_full().wait_warp(number % 2);
+    send_dv(0);
+    barriers.k_empty().wait_warp(number % 2);
+    if (leader && goes_on) load_k<kHeadDim>(maps, block(number + 1), shared_base);
+    send_dv(1);
+    if (leader) {
+      wait_stores_read<1>();
+      if (goes_on) load_v<kHeadDim>(maps, block(number + 1), shared_base, 0);
+      wait_stores_read<0>();
+      if (goes_on) load_v<kHeadDim>(maps, block(number + 1), shared_base, 1);
+    }
+    __syncwarp();
+    free_work<kHeadDim>(shared_base, number);
+  }
+}
+
+}  // namespace flashmask::sm90

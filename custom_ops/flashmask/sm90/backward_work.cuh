@@ -1,0 +1,124 @@
+// What a block of the backward kernels works on: column tiles of key heads, and their row tiles.
+//
+// Up to 128 dims the grid is persistent. One warp takes tickets until there are none and tells the other producer warps
+// through slots in shared memory; consumers only see steps.
+#pragma once
+
+#include "../cuda/element.cuh"
+#include "../cuda/tile_lists.cuh"
+#include "backward_access.cuh"
+#include "tma.cuh"
+
+namespace flashmask::sm90 {
+
+struct BackwardMaps {
+  CUtensorMap q, dout;  // boxes of one row tile
+  CUtensorMap k;        // boxes of one column tile
+  CUtensorMap v;        // boxes of 64 keys, as dk and dv: one warpgroup's up to 128 dims
+  CUtensorMap dk, dv;
+};
+
+// A column tile of a key head.
+struct ColumnWork {
+  int batch;  // -1: no work is left
+  int head_k;
+  int column_tile;
+};
+
+// Of equally many visits the heaviest come first: under a causal mask the first columns are seen by most rows. In the
+// deterministic mode column tiles take their turn on dQ in descending order, so they start in that order, and `ticket`
+// comes from a counter: whatever order the hardware starts blocks in, whoever is waited for has started. A persistent
+// block works on its tickets in ascending order, so the lowest unfinished one never waits for ever.
+__device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
+  const FlashmaskParams& op = p.op;
+  if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
+  const int column_tiles = p.lists.column_tiles;
+  const int group = ticket / (p.schedule_heads * column_tiles);
+  const int rank = ticket - group * (p.schedule_heads * column_tiles);
+  const int group_heads = min(p.schedule_heads, op.batch * op.heads_k - group * p.schedule_heads);
+  const int batch_head_k = group * p.schedule_heads + rank % group_heads;
+  const int tile = rank / group_heads, batch = batch_head_k / op.heads_k;
+  return ColumnWork{batch, batch_head_k - batch * op.heads_k, p.turns != nullptr ? column_tiles - 1 - tile : tile};
+}
+
+// The same with what follows from it.
+struct BackwardBlock {
+  int batch, head_k;
+  int column_tile, column_begin;
+  int first_head, end_head;  // query heads of its group
+
+  __device__ __forceinline__ BackwardBlock(const KernelParams& p, const ColumnWork& work)
+      : batch(work.batch), head_k(work.head_k), column_tile(work.column_tile) {
+    column_begin = column_tile * p.lists.tile_columns;
+    const int heads_per_key = static_cast<int>(opaque(p.op.heads_q)) / p.op.heads_k;  // not kept in a register
+    first_head = head_k * heads_per_key;
+    end_head = first_head + heads_per_key;
+  }
+  __device__ __forceinline__ int mask_index(const FlashmaskParams& op, int head) const {
+    return batch * op.heads_mask + mask_head(head, op.heads_q, op.heads_mask);
+  }
+  // Those of its query heads, one after the other.
+  __device__ __forceinline__ int first_mask(const FlashmaskParams& op) const { return mask_index(op, first_head); }
+  __device__ __forceinline__ int masks(const FlashmaskParams& op) const {
+    return mask_index(op, end_head - 1) - first_mask(op) + 1;
+  }
+  __device__ __forceinline__ int64_t batch_head(const FlashmaskParams& op, int head) const {
+    return static_cast<int64_t>(batch) * op.heads_q + head;
+  }
+};
+
+// Calls visit(head, row tile, partial) for all that the block has to do, in order. For whole warps; every warp that
+// calls it sees the same sequence.
+template <typename Config, typename Visit>
+__device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit) {
+  for (int head = block.first_head; head < block.end_head; ++head) {
+    const int64_t mask_index = block.mask_index(p.op, head);
+    const auto words = [&](int index) {
+      if (p.lists.by_column == nullptr) {
+        return rows_of_column_tile<Config::kRows, Config::kColumns>(p, block.column_tile).word(index);
+      }
+      return p.lists.by_column[(mask_index * p.lists.column_tiles + block.column_tile) * p.lists.row_words + index];
+    };
+    TileWalker<decltype(words)> walker(words, p.lists.row_words);
+    bool partial;
+    for (int tile = walker.next(&partial); tile >= 0; tile = walker.next(&partial)) visit(head, tile, partial);
+  }
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ uint32_t work_slot(uint32_t shared_base, uint32_t number) {
+  return shared_base + BackwardLayout<kHeadDim>::kWork + number % kWorkSlots * 16;
+}
+template <int kHeadDim>
+__device__ __forceinline__ ColumnWork read_work(uint32_t shared_base, uint32_t number) {
+  const uint4 words = load_shared_128(work_slot<kHeadDim>(shared_base, number));
+  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z)};
+}
+
+// For whole warps. Piece `number` of the block's work is told through slot number % kWorkSlots. Takes the next ticket;
+// returns whether there is work.
+template <int kHeadDim>
+__device__ __forceinline__ bool tell_work(const KernelParams& p, uint32_t shared_base, uint32_t number) {
+  const BackwardBarriers<kHeadDim> barriers{shared_base};
+  int ticket = 0;
+  if (threadIdx.x % 32 == 0) ticket = atomicAdd(p.work_counter, 1);
+  const ColumnWork work = column_work(p, __shfl_sync(kAllLanes, ticket, 0));
+  barriers.work_empty(number % kWorkSlots).wait_warp(number / kWorkSlots % 2 ^ 1);
+  store_shared_128(work_slot<kHeadDim>(shared_base, number),
+                   make_uint4(work.batch, work.head_k, work.column_tile, 0));  // all lanes the same: each can read it
+  arrive_warp(barriers.work_full(number % kWorkSlots));
+  return work.batch >= 0;
+}
+
+// For whole warps, other than the one that tells: returns whether there is work. Until freed it can be read again.
+template <int kHeadDim>
+__device__ __forceinline__ bool wait_for_work(uint32_t shared_base, uint32_t number) {
+  BackwardBarriers<kHeadDim>{shared_base}.work_full(number % kWorkSlots).wait_warp(number / kWorkSlots % 2);
+  return read_work<kHeadDim>(shared_base, number).batch >= 0;
+}
+template <int kHeadDim>
+__device__ __forceinline__ void free_work(uint32_t shared_base, uint32_t number) {
+  arrive_warp(BackwardBarriers<kHeadDim>{shared_base}.work_empty(number % kWorkSlots));
+}
+
+}  // namespace flashmask::sm90
