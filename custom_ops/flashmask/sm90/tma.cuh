@@ -20,10 +20,10 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
 
 // To the L2 cache only.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int dim, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];\n" ::"l"(
-                   reinterpret_cast<uint64_t>(&map)),
-               "r"(dim), "r"(row), "r"(head), "r"(batch)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];\n" ::"l"(reinterpret_cast<uint64_t>(&map)),
+      "r"(dim), "r"(row), "r"(head), "r"(batch)
+      : "memory");
 }
 
 // The way back; elements outside the tensor are not written.
