@@ -4,7 +4,8 @@
     python benchmarks/kernels.py --device cpu --masks causal,document --seqlens 2048 --rivals ours,sdpa
     python benchmarks/kernels.py --device cuda --head-dims 128     # needs `make cuda-lib` and PyTorch
 
-Each rival runs in a process of its own. Results go to --out as JSON and to the terminal as a table.
+Each rival runs in a process of its own. Results go to --out as JSON, after every case, and to the terminal as a table.
+Rivals take turns: in the next round, and in the next case, the last is the first, so that heat and clocks favour none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,8 +42,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Of one answer, compilation of a variant included; after that the process is ended, which costs one figure.
+PATIENCE_SECONDS = 240.0
+# On a device, before the first measurement: clocks and temperature as under load.
+WARM_UP_SECONDS = 3.0
+
+
 class Worker:
-    """The process of one rival; started again after a crash."""
+    """A process of one rival; started again after a crash."""
 
     def __init__(self, device: str, rival: str) -> None:
         self.command = [sys.executable, "-m", "benchmarks.worker", device, rival]
@@ -55,7 +65,10 @@ class Worker:
             )
         with contextlib.suppress(BrokenPipeError):  # a worker that ended early says why, or says nothing, below
             print(json.dumps({"case": case.as_dict(), "seconds": seconds}), file=self.process.stdin, flush=True)
+        watchdog = threading.Timer(PATIENCE_SECONDS, self.process.kill)
+        watchdog.start()
         line = self.process.stdout.readline()
+        watchdog.cancel()
         if not line:
             return {"failed": f"the process ended with status {self.process.wait()}"}
         answer = json.loads(line)
@@ -70,17 +83,64 @@ class Worker:
             self.process.wait()
 
 
-def compile_ahead(device: str, rival: str, cases: list[Case], processes: int) -> None:
-    """Fills the compiler's cache, which the measuring process then reads: a case alone takes about 20 s."""
+class Pool:
+    """The processes of one rival: one, or with `processes` several among which the variants to compile are dealt out.
 
-    def work(share: list[Case]) -> None:
-        worker = Worker(device, rival)
-        for case in share:
-            worker.ask(case, 0)
-        worker.close()
+    The process that compiled a variant also measures it: its code need not be found again on disk and loaded.
+    """
 
-    with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(work, [cases[first::processes] for first in range(processes)]))
+    def __init__(self, device: str, rival: str, cases: list[Case], processes: int) -> None:
+        self.rival = rival
+        first: dict[Hashable, Case] = {}  # of each variant
+        for case in cases:
+            first.setdefault(rivals.variant(device, rival, case), case)
+        self.number = {case: list(first).index(rivals.variant(device, rival, case)) for case in cases}
+        self.to_compile = [] if None in first else list(first.values())
+        self.workers = [Worker(device, rival) for _ in range(max(1, min(processes, len(first))))]
+
+    def worker(self, case: Case) -> Worker:
+        return self.workers[self.number[case] % len(self.workers)]
+
+    def ask(self, case: Case, seconds: float) -> dict[str, Any]:
+        return self.worker(case).ask(case, seconds)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+
+
+def compile_ahead(pools: list[Pool]) -> None:
+    """Compiles all variants, every process its share, all processes at once: FlexAttention takes about 20 s each."""
+    shares = [
+        (worker, [case for case in pool.to_compile if pool.worker(case) is worker])
+        for pool in pools
+        for worker in pool.workers
+    ]
+
+    def work(share: tuple[Worker, list[Case]]) -> None:
+        for case in share[1]:
+            share[0].ask(case, 0)
+
+    with ThreadPoolExecutor(max(1, len(shares))) as threads:
+        list(threads.map(work, shares))
+
+
+def measure_case(case: Case, pools: list[Pool], rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """The answer of each rival: in every round each is asked once, the order reversed from round to round."""
+    answers: dict[str, list[dict[str, Any]]] = {pool.rival: [] for pool in pools}
+    for number in range(rounds):
+        for pool in pools[:: -1 if number % 2 else 1]:
+            earlier = answers[pool.rival]
+            if not (earlier and _reason(earlier[-1])):
+                earlier.append(pool.ask(case, seconds))
+    return {
+        rival: given[-1] if _reason(given[-1]) else measure.combine(given) for rival, given in answers.items() if given
+    }
+
+
+def _reason(answer: dict[str, Any]) -> str | None:
+    """Why there are no figures."""
+    return answer.get("failed") or answer.get("skipped")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -103,12 +163,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rivals", type=names, default=None)
     parser.add_argument("--slow-rivals", type=names, default=["paddle_dense"], help="run on --slow-masks only")
     parser.add_argument("--slow-masks", type=names, default=["causal", "causal_document"])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each direction of a measurement")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="RIVAL:SEQLEN,...",
+        help="run a rival at these lengths only; may be given repeatedly",
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each direction in each round")
+    parser.add_argument("--rounds", type=numbers, default=[1], help="one number, or one for each of --seqlens")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no case is begun")
     parser.add_argument(
         "--compile-processes",
         type=int,
         default=0,
-        help="compile FlexAttention for all cases first, in so many processes at once, into PyTorch's cache on disk",
+        help="compile all cases of rivals that compile (FlexAttention, flash-attn-4) first, each in so many processes",
     )
     parser.add_argument("--out", type=Path, default=None, help="default: build/bench/DEVICE.json")
     arguments = parser.parse_args()
@@ -123,6 +192,15 @@ def parse_arguments() -> argparse.Namespace:
     for rival in arguments.rivals:
         if rival not in known:
             parser.error(f"--rivals: {rival!r} is not one of {', '.join(known)}")
+    arguments.only = {rival: numbers(lengths) for rival, _, lengths in (each.partition(":") for each in arguments.only)}
+    for rival in arguments.only:
+        if rival not in arguments.rivals:
+            parser.error(f"--only: {rival!r} is not one of {', '.join(arguments.rivals)}")
+    if len(arguments.rounds) not in (1, len(arguments.seqlens)) or min(arguments.rounds) < 1:
+        parser.error(
+            f"--rounds: expected one number of at least 1, or one for each of --seqlens, got {arguments.rounds}"
+        )
+    arguments.rounds = dict(zip(arguments.seqlens, arguments.rounds * len(arguments.seqlens), strict=False))
     arguments.out = arguments.out or ROOT / "build" / "bench" / f"{arguments.device}.json"
     return arguments
 
@@ -136,7 +214,14 @@ def recorded_command() -> str:
     return " ".join(words)
 
 
+def selected(arguments: argparse.Namespace, rival: str, case: Case) -> bool:
+    return case.seqlen in arguments.only.get(rival, [case.seqlen]) and (
+        rival not in arguments.slow_rivals or case.mask in arguments.slow_masks
+    )
+
+
 def main() -> None:
+    started = time.monotonic()
     arguments = parse_arguments()
     on_cpu = arguments.device == "cpu"
     machine = report.cpu_machine() if on_cpu else report.cuda_machine()
@@ -154,21 +239,38 @@ def main() -> None:
         )
         for seqlen, head_dim, mask in itertools.product(arguments.seqlens, arguments.head_dims, arguments.masks)
     ]
-    if arguments.compile_processes and "flex" in arguments.rivals:
-        compile_ahead(arguments.device, "flex", cases, arguments.compile_processes)
-    workers = {rival: Worker(arguments.device, rival) for rival in arguments.rivals}
+    pools = []
+    for rival in arguments.rivals:
+        mine = [case for case in cases if selected(arguments, rival, case)]
+        pools.append(Pool(arguments.device, rival, mine, arguments.compile_processes))
+    if arguments.compile_processes:
+        # Processes enough for all cores: none needs helpers of its own.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        compile_ahead([pool for pool in pools if pool.to_compile])
+        print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+    if not on_cpu:
+        pools[0].ask(cases[0], WARM_UP_SECONDS)
     rows: list[dict[str, Any]] = []
-    not_measured: list[dict[str, str]] = []
+    not_measured: list[dict[str, Any]] = []
     versions: dict[str, Any] = {}
-    for case in track(cases, description="benchmarking", console=None):
+    machine["versions"] = versions
+    result = report.header(arguments.device, recorded_command(), machine)
+    result |= {"not_measured": not_measured, "rows": rows}
+    for number, case in enumerate(track(cases, description="benchmarking", console=None)):
+        chosen = [pool for pool in pools if selected(arguments, pool.rival, case)]
+        if time.monotonic() - started > arguments.time_limit:
+            reason = f"not begun after {arguments.time_limit:.0f} s"
+            not_measured += [{**_place(case), "rival": pool.rival, "reason": reason} for pool in chosen]
+            continue
+        answers = measure_case(
+            case, chosen[:: -1 if number % 2 else 1], arguments.rounds[case.seqlen], arguments.seconds
+        )
         reference = None
-        for rival, worker in workers.items():
-            if rival in arguments.slow_rivals and case.mask not in arguments.slow_masks:
-                continue
-            answer = worker.ask(case, arguments.seconds)
-            reason = answer.get("failed") or answer.get("skipped")
+        for rival in (pool.rival for pool in chosen):
+            answer = answers[rival]
+            reason = _reason(answer)
             if reason:
-                not_measured.append({"mask": case.mask, "rival": rival, "reason": reason})
+                not_measured.append({**_place(case), "rival": rival, "reason": reason})
                 continue
             versions |= answer.pop("versions")
             entry = report.row(case, rival, answer)
@@ -176,19 +278,21 @@ def main() -> None:
             reference = reference or sampled  # the first rival's: ours, unless --rivals says otherwise
             entry["difference"] = float(f"{measure.largest_difference(sampled, reference):.2g}")
             rows.append(entry)
-    for worker in workers.values():
-        worker.close()
-    machine["versions"] = versions
-    result = report.header(arguments.device, recorded_command(), machine)
-    result |= {"not_measured": not_measured, "rows": rows}
+        report.write(arguments.out, result)  # a run that is ended leaves what it has
+    for pool in pools:
+        pool.close()
     report.write(arguments.out, result)
     report.show(rows, *(("GFLOP/s", 1e3) if on_cpu else ()))
     if on_cpu:
         print(f"NumPy's float32 matrix product in this run: {machine['numpy_sgemm_tflops'] * 1e3:.1f} GFLOP/s")
     for entry in not_measured:
         if not entry["reason"].startswith(("takes no mask", "no mask to hold")):
-            print(f"not measured: {entry['rival']} on {entry['mask']}: {entry['reason']}")
-    print(f"written to {arguments.out}")
+            print("not measured: {rival} on {mask}, {seqlen}, d = {head_dim}: {reason}".format(**entry))
+    print(f"written to {arguments.out} after {time.monotonic() - started:.0f} s")
+
+
+def _place(case: Case) -> dict[str, Any]:
+    return {"mask": case.mask, "seqlen": case.seqlen, "head_dim": case.head_dim}
 
 
 if __name__ == "__main__":

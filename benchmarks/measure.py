@@ -17,25 +17,29 @@ from benchmarks.workloads import Case
 SAMPLED_VALUES = 4096
 
 
-def _host_ms(call: Callable[[], None], poison: Callable[[], None], seconds: float) -> tuple[float, int]:
-    """Median time of a call and how often it ran; the first run warms up, unless it alone spends the time."""
+def _host_ms(call: Callable[[], None], poison: Callable[[], None], seconds: float) -> list[float]:
+    """The times of the calls; the first run warms up, unless it alone spends the time."""
     poison()
     start = time.perf_counter()
     call()
     first = time.perf_counter() - start
     if first > seconds:
-        return first * 1e3, 1
+        return [first * 1e3]
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         poison()
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3, len(times)
+    return [each * 1e3 for each in times]
 
 
-def _device_ms(call: Callable[[], None], poison: Callable[[], None], seconds: float) -> tuple[float, int]:
-    """The same by CUDA events, one pair a call; nothing waits for the host between the calls."""
+# A call of this length needs no second warm-up and few repeats.
+LONG_MS = 50.0
+
+
+def _device_ms(call: Callable[[], None], seconds: float) -> list[float]:
+    """The same by CUDA events, one pair a call, after a call elsewhere; nothing waits for the host between calls."""
     import torch
 
     def timed(runs: int) -> list[float]:
@@ -47,11 +51,11 @@ def _device_ms(call: Callable[[], None], poison: Callable[[], None], seconds: fl
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 
-    poison()
-    timed(2)  # warms up
-    once = timed(1)[0]
-    times = timed(max(5, min(100, int(seconds * 1e3 / max(once, 1e-3)))))
-    return statistics.median(times), len(times)
+    first = timed(1)
+    if first[0] > LONG_MS:  # already a measurement
+        return first + timed(max(1, min(20, int(seconds * 1e3 / first[0]))))
+    once = min(timed(3))
+    return timed(max(5, min(100, int(seconds * 1e3 / max(once, 1e-3)))))
 
 
 def sample(results: dict[str, Any]) -> dict[str, list[float]]:
@@ -78,32 +82,48 @@ def largest_difference(mine: dict[str, list[float]], reference: dict[str, list[f
 
 def measure(rival: Rival, case: Case, seconds: float) -> dict[str, Any]:
     """Times in ms, and sampled results. `seconds` is spent on each direction, three runs at least where they fit."""
-    rival.prepare(case)
-    median_ms = _device_ms if rival.on_cuda else _host_ms
-    fwd_ms, fwd_runs = median_ms(rival.forward, rival.poison, seconds)
-    bwd_ms, bwd_runs = median_ms(rival.backward, lambda: None, seconds) if rival.has_backward else (None, 0)
-    answer: dict[str, Any] = {
-        "fwd_ms": round(fwd_ms, 3),
-        "bwd_ms": None if bwd_ms is None else round(bwd_ms, 3),
-        "runs": [fwd_runs, bwd_runs],
-        "versions": rival.versions(),
-        "sample": sample(rival.results()),
-    }
+    answer = _on_device(rival, case, seconds) if rival.on_cuda else _on_host(rival, case, seconds)
+    answer |= {"versions": rival.versions(), "sample": sample(rival.results())}
     if kernels := rival.kernels():
         answer["kernels"] = kernels
-    if rival.on_cuda:
-        answer["peak_mib"] = _extra_memory_mib(rival)
     return answer
 
 
-def _extra_memory_mib(rival: Rival) -> float:
-    """Device memory at the peak of one forward and backward, over what is allocated before: inputs and mask."""
+def _on_host(rival: Rival, case: Case, seconds: float) -> dict[str, Any]:
+    rival.prepare(case)
+    forward = _host_ms(rival.forward, rival.poison, seconds)
+    backward = _host_ms(rival.backward, lambda: None, seconds) if rival.has_backward else []
+    return {"fwd_times": forward, "bwd_times": backward}
+
+
+def _on_device(rival: Rival, case: Case, seconds: float) -> dict[str, Any]:
+    """`peak_mib`: device memory at the peak of a forward and backward beyond query, key, value, output and their
+    gradients: the mask, lse, workspaces."""
     import torch
 
+    before = torch.cuda.memory_allocated()
+    rival.prepare(case)
+    rival.poison()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     rival.forward()
     rival.backward()
     torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    extra = torch.cuda.max_memory_allocated() - before - 8 * case.operand_bytes()
+    return {
+        "fwd_times": _device_ms(rival.forward, seconds),
+        "bwd_times": _device_ms(rival.backward, seconds),
+        "peak_mib": round(extra / 2**20, 1),
+    }
+
+
+def combine(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One answer of the answers of several rounds: medians over the runs of all of them, the rest from the first."""
+    answer = dict(rounds[0])
+    counts = []
+    for direction in ("fwd", "bwd"):
+        times = [each for part in rounds for each in part[f"{direction}_times"]]
+        answer[f"{direction}_ms"] = round(statistics.median(times), 3) if times else None
+        counts.append(len(times))
+        del answer[f"{direction}_times"]
+    return answer | {"runs": counts}

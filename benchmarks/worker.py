@@ -1,5 +1,5 @@
 """A process that times one rival: reads a case a line from standard input, answers with a JSON object a line. With 0
-seconds it only prepares the case."""
+seconds it only compiles for the case."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ def main() -> None:
             refusal = rival.supports(case)
             if refusal:
                 answer = {"skipped": refusal}
-            elif request["seconds"] == 0:  # only what a first call leaves behind, such as compiled code on disk
-                rival.prepare(case)
+            elif request["seconds"] == 0:
+                rival.compile(case)
                 answer = {}
             else:
                 answer = measure(rival, case, request["seconds"])
         except Exception as error:  # a rival's failure is a result
             traceback.print_exc()
             answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        rival.release()
         print(json.dumps(answer), file=answers)
 
 

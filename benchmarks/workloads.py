@@ -54,6 +54,10 @@ class Case:
         shape = (self.batch, self.seqlen, self.heads, self.head_dim)
         return tuple(rng.standard_normal(shape, dtype=np.float32) for _ in range(4))
 
+    def operand_bytes(self) -> int:
+        """Of query, or of any tensor of its shape, on a device (on a CPU operands may be converted)."""
+        return self.batch * self.seqlen * self.heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+
     def area(self) -> tuple[float, float]:
         """Shares of the score matrix: visible scores, and 128x128 tiles that are not fully masked."""
         indices, causal = self.indices()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,17 +16,23 @@ from benchmarks.rivals import Arrays, Rival
 from benchmarks.workloads import Case, documents
 from paddle_flashmask import masks
 
+GPU_TESTS = str(Path(__file__).resolve().parents[2] / "tests" / "gpu")
 
-def device_inputs(case: Case) -> list[Any]:
+
+def device_inputs(case: Case, shared: bool = False) -> list[Any]:
     """query, key, value and the gradient of the output: `[batch, seqlen, heads, head_dim]` on the device.
 
     Drawn there, from one seed: drawing and copying 131,072 x 4,096 numbers from the host takes longer than the rest.
+    `shared`: four views of one tensor, for compilation, where many processes share a device and values do not matter.
     """
     import torch
 
     generator = torch.Generator(device="cuda").manual_seed(20241010)
     shape = (case.batch, case.seqlen, case.heads, case.head_dim)
     dtype = getattr(torch, case.dtype)
+    if shared:
+        values = torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+        return [values.view(shape) for _ in range(4)]
     return [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for _ in range(4)]
 
 
@@ -42,18 +50,26 @@ class _Cuda(Rival):
     def versions(self) -> dict[str, Any]:
         return {"torch": self.torch.__version__, "cuda": self.torch.version.cuda}
 
+    def release(self) -> None:
+        for name in ("call", "inputs", "grad", "mask", "out", "grads"):
+            vars(self).pop(name, None)
+        gc.collect()
+        self.torch.cuda.empty_cache()
+
 
 class Ours(_Cuda):
     name = "ours"
+    options: ClassVar[dict[str, Any]] = {}
 
     def prepare(self, case: Case) -> None:
-        sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "gpu"))
+        if GPU_TESTS not in sys.path:
+            sys.path.append(GPU_TESTS)
         from device_tensors import Call
 
         query, key, value, grad = device_inputs(case)
         indices, causal = case.indices()
         bounds = None if indices is None else self.torch.from_numpy(np.ascontiguousarray(indices)).cuda()
-        self.call = Call(query, key, value, bounds, causal=causal)
+        self.call = Call(query, key, value, bounds, causal=causal, **self.options)
         self.call.set_gradient(grad)
 
     def kernels(self) -> list[str]:
@@ -88,11 +104,18 @@ class OursPortable(Ours):
         super().prepare(case)
 
 
+class OursDeterministic(Ours):
+    """With the backward pass that repeats to the bit; the forward pass is the same."""
+
+    name = "ours_deterministic"
+    options: ClassVar[dict[str, Any]] = {"deterministic": True}
+
+
 class _Torch(_Cuda):
     """Operands are views `[b, h, s, d]` of memory laid out `[b, s, h, d]`, as a model has them."""
 
-    def prepare(self, case: Case) -> None:
-        query, key, value, grad = (tensor.transpose(1, 2) for tensor in device_inputs(case))
+    def prepare(self, case: Case, shared: bool = False) -> None:
+        query, key, value, grad = (tensor.transpose(1, 2) for tensor in device_inputs(case, shared))
         self.inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         self.grad = grad
         self.prepare_mask(case)
@@ -156,25 +179,65 @@ class Dense(_Torch):
         self.out = self.torch.nn.functional.scaled_dot_product_attention(*self.inputs, attn_mask=self.mask)
 
 
+def block_mask(visible: Callable[..., Any], case: Case, device: str = "cuda", elements: int = 1 << 26) -> Any:
+    """FlexAttention's BlockMask of a mask function: what create_block_mask makes, but some rows at a time. That one
+    needs bytes for all scores, or a compilation of its own for every case."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, seqlen, size = case.batch, case.seqlen, 128
+    index = torch.arange(max(batch, seqlen), dtype=torch.int32, device=device)
+    rows = size * max(1, elements // (batch * size * seqlen))
+    counts = []
+    for first in range(0, seqlen, rows):
+        row = index[first : min(first + rows, seqlen), None]
+        seen = visible(index[:batch, None, None], 0, row, index[None, :seqlen]).expand(batch, len(row), seqlen)
+        counts.append(seen.unflatten(1, (-1, size)).unflatten(3, (-1, size)).sum((2, 4)))
+    visible_pairs = torch.cat(counts, 1)[:, None]  # [batch, 1, seqlen / 128, seqlen / 128]
+
+    def ordered(chosen: Any) -> tuple[Any, Any]:
+        order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+        return chosen.sum(-1).int(), order.int()
+
+    full = visible_pairs == size * size
+    partial = (visible_pairs > 0) & ~full
+    return BlockMask.from_kv_blocks(
+        *ordered(partial), *ordered(full), BLOCK_SIZE=size, mask_mod=visible, seq_lengths=(seqlen, seqlen)
+    )
+
+
 class Flex(_Torch):
     """FlexAttention: compiled, its BlockMask built outside the timed region, the mask written as its users would."""
 
     name = "flex"
 
-    def prepare_mask(self, case: Case) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.nn.attention.flex_attention import flex_attention
 
-        self.torch._dynamo.reset()
-        visible = self._visible(case)
-        block_mask = None
-        if visible is not None:
-            block_mask = create_block_mask(
-                visible, case.batch, None, case.seqlen, case.seqlen, device="cuda", _compile=True
-            )
-        self.block_mask = block_mask
+        # One compiled variant a case; above the limit it would run uncompiled.
+        self.torch._dynamo.config.recompile_limit = 1000
+        self.torch._dynamo.config.accumulated_recompile_limit = 1000
         self.attention = self.torch.compile(flex_attention, dynamic=False)
-        self.forward()  # compiles
+        self.block_masks: dict[Case, Any] = {}
+
+    @staticmethod
+    def variant(case: Case) -> Hashable:
+        return case
+
+    def compile(self, case: Case) -> None:
+        self.prepare(case, shared=True)
+        self.forward()
         self.backward()
+
+    def prepare_mask(self, case: Case) -> None:
+        if case not in self.block_masks:
+            visible = self._visible(case)
+            # The same function each time, since the compiled code is bound to it; off the device, which others need.
+            self.block_masks[case] = None if visible is None else block_mask(visible, case).to("cpu")
+        self.mask = self.block_masks[case]
+        if self.mask is not None:
+            self.mask = self.mask.to("cuda")
 
     def _visible(self, case: Case) -> Callable[..., Any] | None:
         """mask_mod: arithmetic where that is enough, document numbers for documents, row intervals for the rest."""
@@ -209,7 +272,7 @@ class Flex(_Torch):
         return lambda b, h, i, j: (i < bounds[b, 0, j]) & (i >= bounds[b, 1, j])
 
     def forward(self) -> None:
-        self.out = self.attention(*self.inputs, block_mask=self.block_mask)
+        self.out = self.attention(*self.inputs, block_mask=self.mask)
 
 
 class FlashAttention4(_Torch):
@@ -226,6 +289,15 @@ class FlashAttention4(_Torch):
     def supports(self, case: Case) -> str | None:
         return super().supports(case) or (None if case.mask in ("full", "causal") else "takes no mask")
 
+    @staticmethod
+    def variant(case: Case) -> Hashable:
+        return case.mask, case.head_dim
+
+    def compile(self, case: Case) -> None:
+        self.prepare(replace(case, batch=1))  # its code takes any batch
+        self.forward()
+        self.backward()
+
     def prepare(self, case: Case) -> None:
         query, key, value, self.grad = device_inputs(case)
         self.inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
@@ -240,4 +312,6 @@ class FlashAttention4(_Torch):
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-RIVALS = {rival.name: rival for rival in (Ours, OursPortable, Cudnn, Flash2, FlashAttention4, Flex, Dense)}
+RIVALS = {
+    rival.name: rival for rival in (Ours, OursPortable, OursDeterministic, Cudnn, Flash2, FlashAttention4, Flex, Dense)
+}

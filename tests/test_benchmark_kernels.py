@@ -1,0 +1,149 @@
+"""benchmarks/kernels.py: what it writes, how rivals take turns, compile ahead and fail without ending the run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def load():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def kernels(load):
+    return load("benchmarks.kernels")
+
+
+@pytest.fixture(scope="module")
+def case(load):
+    return load("benchmarks.workloads").Case("causal", 128, 64, 1, 1, "bfloat16")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/kernels.py", "--device", "cpu", "--rivals", "ours", "--heads", "1"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "kernels.json"
+    options = ["--masks", "causal,document", "--seconds", "0.5", "--rounds", "2,1", "--only", "ours:128"]
+    made = run("--seqlens", "128,256", *options, "--out", str(out))
+    assert made.returncode == 0, made.stdout + made.stderr
+    result = json.loads(out.read_text())
+    assert [(row["mask"], row["seqlen"]) for row in result["rows"]] == [("causal", 128), ("document", 128)]
+    for row in result["rows"]:
+        assert row["fwd_ms"] > 0
+        assert min(row["runs"]) >= 6, "three runs in each of two rounds"
+        assert row["difference"] == 0
+    assert {"measured", "commit", "command", "machine"} <= result.keys()
+
+
+def test_time_limit_is_named_in_the_results(tmp_path):
+    out = tmp_path / "kernels.json"
+    made = run("--seqlens", "128", "--masks", "causal", "--time-limit", "0", "--out", str(out))
+    assert made.returncode == 0, made.stdout + made.stderr
+    result = json.loads(out.read_text())
+    assert result["rows"] == []
+    assert result["not_measured"][0]["reason"] == "not begun after 0 s"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "1,2"], "--rounds: expected one number"),
+        (["--rounds", "0"], "--rounds: expected one number"),
+        (["--only", "flex:128"], "--only: 'flex' is not one of ours"),
+        (["--masks", "triangle"], "--masks: 'triangle' is not one of"),
+    ],
+)
+def test_bad_arguments(options, message):
+    made = run("--seqlens", "128", *options)
+    assert made.returncode == 2
+    assert message in made.stderr
+
+
+class FakePool:
+    def __init__(self, rival: str, log: list[str], answers: list[dict[str, Any]]) -> None:
+        self.rival, self.log, self.answers = rival, log, answers
+
+    def ask(self, case: Any, seconds: float) -> dict[str, Any]:
+        self.log.append(self.rival)
+        return self.answers.pop(0)
+
+
+def answer(*times: float) -> dict[str, Any]:
+    return {"fwd_times": list(times), "bwd_times": [], "peak_mib": times[0]}
+
+
+def test_rounds_alternate_and_a_failure_is_not_repeated(kernels, case):
+    log: list[str] = []
+    pools = [
+        FakePool("a", log, [answer(1.0, 2.0), answer(9.0), answer(3.0, 4.0)]),
+        FakePool("b", log, [{"failed": "it broke"}]),
+        FakePool("c", log, [answer(5.0), answer(6.0), answer(7.0)]),
+    ]
+    answers = kernels.measure_case(case, pools, 3, 0.1)
+    assert log == ["a", "b", "c", "c", "a", "a", "c"]
+    assert answers["a"] == {"fwd_ms": 3.0, "bwd_ms": None, "runs": [5, 0], "peak_mib": 1.0}
+    assert answers["b"] == {"failed": "it broke"}
+    assert answers["c"]["fwd_ms"] == 6.0
+
+
+def test_variants_are_dealt_out(kernels, load):
+    case = load("benchmarks.workloads").Case
+    cases = [case(mask, s, 64, 64, 1, "bfloat16") for s in (8192, 32768) for mask in ("full", "causal", "document")]
+    flex = kernels.Pool("cuda", "flex", cases, 4)
+    assert flex.to_compile == cases
+    assert [flex.workers.index(flex.worker(each)) for each in cases] == [0, 1, 2, 3, 0, 1]
+    # One variant for all lengths: the process that compiled it measures them all.
+    fa4 = kernels.Pool("cuda", "fa4", [each for each in cases if each.mask != "document"], 4)
+    assert [each.mask for each in fa4.to_compile] == ["full", "causal"]
+    assert len(fa4.workers) == 2
+    assert fa4.worker(cases[0]) is fa4.worker(cases[3])
+    assert fa4.worker(cases[0]) is not fa4.worker(cases[1])
+    ours = kernels.Pool("cuda", "ours", cases, 4)
+    assert ours.to_compile == []
+    assert len(ours.workers) == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "patience", "reason"),
+    [("import time; time.sleep(60)", 0.3, "status -9"), ("raise SystemExit(3)", 30, "status 3")],
+)
+def test_a_process_that_hangs_or_ends_costs_one_figure(kernels, case, monkeypatch, program, patience, reason):
+    monkeypatch.setattr(kernels, "PATIENCE_SECONDS", patience)
+    worker = kernels.Worker("cpu", "ours")
+    worker.command = [sys.executable, "-c", program]
+    assert reason in worker.ask(case, 0.1)["failed"]
+    worker.command = kernels.Worker("cpu", "ours").command
+    assert "fwd_times" in worker.ask(case, 0.01), "the next question starts another"
+    worker.close()
+
+
+def test_block_mask_is_flex_attentions_own(load):
+    torch = pytest.importorskip("torch")
+    attention = pytest.importorskip("torch.nn.attention.flex_attention")
+    cuda, workloads = load("benchmarks.rivals.cuda"), load("benchmarks.workloads")
+    flex = cuda.Flex.__new__(cuda.Flex)
+    flex.torch = torch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cuda", lambda self: self)
+        for mask in workloads.MASKS[1:]:
+            case = workloads.Case(mask, 1024, 64, 1, 3, "bfloat16")
+            visible = flex._visible(case)
+            made = cuda.block_mask(visible, case, device="cpu", elements=1 << 20)  # in several parts
+            want = attention.create_block_mask(visible, 3, None, 1024, 1024, device="cpu")
+            for mine, theirs in zip(made.as_tuple(), want.as_tuple(), strict=True):
+                assert torch.equal(mine, theirs) if torch.is_tensor(mine) else mine == theirs, mask
