@@ -179,6 +179,7 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         help="compile all cases of rivals that compile (FlexAttention, flash-attn-4) first, each in so many processes",
     )
+    parser.add_argument("--wait-for", type=Path, help="measure once this file exists, which others on the device make")
     parser.add_argument("--out", type=Path, default=None, help="default: build/bench/DEVICE.json")
     arguments = parser.parse_args()
     for name, value in DEFAULTS[arguments.device].items():
@@ -206,11 +207,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def recorded_command() -> str:
-    """The command line without --out: where somebody kept the results says nothing about them."""
+    """The command line without the names of files, which say nothing about the results."""
     words = ["python", "benchmarks/kernels.py", *sys.argv[1:]]
-    if "--out" in words:
-        at = words.index("--out")
-        del words[at : at + 2]
+    for option in ("--out", "--wait-for"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
     return " ".join(words)
 
 
@@ -248,6 +250,8 @@ def main() -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         compile_ahead([pool for pool in pools if pool.to_compile])
         print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+    while arguments.wait_for and not arguments.wait_for.exists():
+        time.sleep(0.2)
     if not on_cpu:
         pools[0].ask(cases[0], WARM_UP_SECONDS)
     rows: list[dict[str, Any]] = []

@@ -39,7 +39,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_command_line(tmp_path):
     out = tmp_path / "kernels.json"
     options = ["--masks", "causal,document", "--seconds", "0.5", "--rounds", "2,1", "--only", "ours:128"]
-    made = run("--seqlens", "128,256", *options, "--out", str(out))
+    (ready := tmp_path / "ready").touch()
+    made = run("--seqlens", "128,256", *options, "--out", str(out), "--wait-for", str(ready))
     assert made.returncode == 0, made.stdout + made.stderr
     result = json.loads(out.read_text())
     assert [(row["mask"], row["seqlen"]) for row in result["rows"]] == [("causal", 128), ("document", 128)]
@@ -48,6 +49,7 @@ def test_command_line(tmp_path):
         assert min(row["runs"]) >= 6, "three runs in each of two rounds"
         assert row["difference"] == 0
     assert {"measured", "commit", "command", "machine"} <= result.keys()
+    assert str(tmp_path) not in result["command"]
 
 
 def test_time_limit_is_named_in_the_results(tmp_path):
