@@ -2,33 +2,35 @@
 
 python docs/make_kernel_plots.py benchmarks/results/h100-kernels.json --overwrite
 
-Bars count every 128x128 tile that is not fully masked as full (the paper's way), forward and backward together. The
-summary printed at the end gives, for every rival, the geometric mean and the smallest of its time over ours.
+Bars count every 128x128 tile that is not fully masked as full (the paper's way), forward and backward together. What
+benchmarks/summary.py makes of the file is printed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+import sys
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import summary
+
 NAMES = {
     "ours": "paddle-flashmask",
     "ours_sm80": "paddle-flashmask, portable kernels",
+    "ours_deterministic": "paddle-flashmask, deterministic",
     "flex": "FlexAttention",
     "sdpa": "cuDNN",
     "sdpa_flash": "FlashAttention-2",
     "fa4": "flash-attn-4",
     "dense": "SDPA, dense mask",
 }
-
-Rows = list[dict[str, Any]]
 
 
 def draw(result: dict[str, Any], head_dim: int, path: Path) -> None:
@@ -52,22 +54,6 @@ def draw(result: dict[str, Any], head_dim: int, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def ratios(rows: Rows) -> dict[tuple[str, int], list[float]]:
-    """Times of each (rival, head dim) over ours, forward and backward together, one for each case both ran."""
-
-    def total(row: dict[str, Any]) -> float:
-        return float(row["fwd_ms"] + row["bwd_ms"])
-
-    complete = [row for row in rows if row["bwd_ms"] is not None]
-    ours = {(r["mask"], r["seqlen"], r["head_dim"]): total(r) for r in complete if r["rival"] == "ours"}
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for row in complete:
-        case = (row["mask"], row["seqlen"], row["head_dim"])
-        if row["rival"] != "ours" and case in ours:
-            found[row["rival"], row["head_dim"]].append(total(row) / ours[case])
-    return dict(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="JSON of benchmarks/kernels.py")
@@ -81,11 +67,7 @@ def main() -> None:
             parser.error(f"{path} is there; --overwrite replaces it")
         draw(result, head_dim, path)
         print(path)
-    for (rival, head_dim), values in sorted(ratios(result["rows"]).items()):
-        print(
-            f"{rival}, head dim {head_dim}: its time / ours {geometric_mean(values):.2f} (geometric mean of "
-            f"{len(values)} cases), smallest {min(values):.2f}"
-        )
+    summary.show(result)
 
 
 if __name__ == "__main__":
