@@ -63,6 +63,7 @@ class Worker:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
             )
+        assert self.process.stdin and self.process.stdout
         with contextlib.suppress(BrokenPipeError):  # a worker that ended early says why, or says nothing, below
             print(json.dumps({"case": case.as_dict(), "seconds": seconds}), file=self.process.stdin, flush=True)
         watchdog = threading.Timer(PATIENCE_SECONDS, self.process.kill)
@@ -79,6 +80,7 @@ class Worker:
 
     def close(self) -> None:
         if self.process is not None and self.process.poll() is None:
+            assert self.process.stdin
             self.process.stdin.close()
             self.process.wait()
 
@@ -119,7 +121,8 @@ def compile_ahead(pools: list[Pool]) -> None:
 
     def work(share: tuple[Worker, list[Case]]) -> None:
         for case in share[1]:
-            share[0].ask(case, 0)
+            if reason := share[0].ask(case, 0).get("failed"):
+                print(f"not compiled: {share[0].command[-1]} on {_place(case)}: {reason}", flush=True)
 
     with ThreadPoolExecutor(max(1, len(shares))) as threads:
         list(threads.map(work, shares))
@@ -263,8 +266,8 @@ def main() -> None:
     for number, case in enumerate(track(cases, description="benchmarking", console=None)):
         chosen = [pool for pool in pools if selected(arguments, pool.rival, case)]
         if time.monotonic() - started > arguments.time_limit:
-            reason = f"not begun after {arguments.time_limit:.0f} s"
-            not_measured += [{**_place(case), "rival": pool.rival, "reason": reason} for pool in chosen]
+            late = f"not begun after {arguments.time_limit:.0f} s"
+            not_measured += [{**_place(case), "rival": pool.rival, "reason": late} for pool in chosen]
             continue
         answers = measure_case(
             case, chosen[:: -1 if number % 2 else 1], arguments.rounds[case.seqlen], arguments.seconds
