@@ -256,8 +256,8 @@ def main() -> None:
         print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
     while arguments.wait_for and not arguments.wait_for.exists():
         time.sleep(0.2)
-    if not on_cpu:
-        pools[0].ask(cases[0], WARM_UP_SECONDS)
+    if not on_cpu and pools[0].number:
+        pools[0].ask(next(iter(pools[0].number)), WARM_UP_SECONDS)
     rows: list[dict[str, Any]] = []
     not_measured: list[dict[str, Any]] = []
     versions: dict[str, Any] = {}

@@ -109,6 +109,9 @@ def test_variants_are_dealt_out(kernels, load):
     flex = kernels.Pool("cuda", "flex", cases, 4)
     assert flex.to_compile == cases
     assert [flex.workers.index(flex.worker(each)) for each in cases] == [0, 1, 2, 3, 0, 1]
+    # Masks of the same number of bounds run the same code.
+    alike = [case(mask, 8192, 64, 64, 1, "bfloat16") for mask in ("share_question", "qk_sparse", "random_eviction")]
+    assert kernels.Pool("cuda", "flex", alike, 4).to_compile == alike[:2]
     # One variant for all lengths: the process that compiled it measures them all.
     fa4 = kernels.Pool("cuda", "fa4", [each for each in cases if each.mask != "document"], 4)
     assert [each.mask for each in fa4.to_compile] == ["full", "causal"]
