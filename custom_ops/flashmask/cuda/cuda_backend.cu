@@ -129,7 +129,7 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->query_delta = workspace.take<float>(rows);
   p->work_counter = workspace.take<int32_t>(1);
   if (op.deterministic) {
-    p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles + 1);
+    p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles * 2 + 1);
   }
   if (needs_lists(op)) {
     p->lists.by_column = take_list(&workspace, op, p->lists.column_tiles, p->lists.row_words);

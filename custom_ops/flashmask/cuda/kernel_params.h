@@ -47,7 +47,9 @@ struct KernelParams {
   float* query_lse;       // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;     // [batch * heads_q, padded_rows]: sum(dout * out)
   float* dq_accumulator;  // [batch * heads_q, padded_rows, compiled dim], inside a tile in the order of its kernels
-  int32_t* turns;         // deterministic: [batch * heads_q, row_tiles] column tiles that have added, then one ticket
+  // Deterministic: column tiles that have added, [batch * heads_q, row_tiles] and then one ticket, or [batch * heads_q,
+  // row_tiles, 2] for two parts of dQ.
+  int32_t* turns;
 };
 
 }  // namespace flashmask

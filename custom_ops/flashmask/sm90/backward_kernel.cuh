@@ -16,6 +16,7 @@
 #include "backward_mainloop.cuh"
 #include "backward_producer.cuh"
 #include "backward_rows.cuh"
+#include "backward_turns.cuh"
 #include "backward_wide.cuh"
 #include "tensor_map.h"
 
@@ -45,6 +46,8 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
       RowRings<typename Layout::Config> rings;
       bring_rows<kHeadDim>(p, maps, block, base, &rings);
       bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, 0);
+    } else if (kDeterministic && warp <= Layout::Config::kConsumers) {
+      manage_turns<kHeadDim>(p, block, base, warp - 1);
     }
   } else {
     grow_registers<240>();
@@ -141,7 +144,8 @@ cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
   cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
   if (status != cudaSuccess) return status;
   if (p.turns != nullptr) {
-    const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles;
+    const size_t parts = BackwardConfig<kHeadDim>::kWide ? BackwardConfig<kHeadDim>::kConsumers : 1;
+    const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
     status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }

@@ -12,7 +12,7 @@
 #include "../cuda/element.cuh"
 #include "backward_access.cuh"
 #include "backward_mask.cuh"
-#include "backward_producer.cuh"
+#include "backward_work.cuh"
 #include "global_memory.cuh"
 #include "store_matrix.cuh"
 #include "wgmma.cuh"
@@ -74,27 +74,20 @@ struct WideConsumer {
     }
     wgmma_commit();
   }
+  // To global memory. In the deterministic mode when the producer warp says so (backward_turns.cuh), who then hears that
+  // it is done: `parity` is that of the step's number, so of its buffer of dS.
   template <int kDqGroups>
-  __device__ __forceinline__ void add_dq(const KernelParams& p, const BackwardBlock& block, const Step& step,
-                                         const float (&dq)[kDqGroups][4], int first_group, int barrier) const {
+  __device__ __forceinline__ void add_dq(const KernelParams& p, const Step& step, const float (&dq)[kDqGroups][4],
+                                         int first_group, int consumer, int parity) const {
+    static_assert(Config::kDsBuffers == 2);
     const int tile = step.tile >> 1;
-    int32_t* turn = p.turns + static_cast<int64_t>(step.batch_head) * p.lists.row_tiles + tile;
-    if constexpr (kDeterministic) {
-      if (thread() < 32) {
-        wait_for_turn<Config>(p, turn, step.mask, tile, block.column_tile, Config::kConsumers);
-      }
-      named_barrier_sync(barrier, kWarpgroup);
-    }
     float* rows = p.dq_accumulator +
                   (static_cast<int64_t>(step.batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
                   (first_group * kWarpgroup + thread()) * 4;
+    if constexpr (kDeterministic) barriers().dq_empty(consumer).wait(parity);
 #pragma unroll
     for (int n = 0; n < kDqGroups; ++n) add_fragment(rows + n * kWarpgroup * 4, dq[n], p.op.softmax_scale);
-    if constexpr (kDeterministic) {
-      __threadfence();
-      named_barrier_sync(barrier, kWarpgroup);
-      if (thread() == 0) count_up(turn);
-    }
+    if constexpr (kDeterministic) arrive_warp(barriers().dq_full(consumer));
   }
 
   __device__ __forceinline__ void make_p(const KernelParams& p, const BackwardBlock& block,
@@ -165,7 +158,7 @@ struct WideConsumer {
       fence_registers(dq);
       if (previous.tile >= 0) {
         arrive_warp(barriers().ds_empty(previous_ds.stage));
-        add_dq(p, block, previous, dq, kFirstDqGroups, kOwnBarrier);
+        add_dq(p, previous, dq, kFirstDqGroups, 0, previous_ds.stage);
       }
       previous = step;
       previous_ds = ds;
@@ -179,7 +172,7 @@ struct WideConsumer {
     dq_product(dq, previous_ds.stage, kFirstDqGroups * 8);
     wgmma_wait<0>();
     fence_registers(dq);
-    add_dq(p, block, previous, dq, kFirstDqGroups, kOwnBarrier);
+    add_dq(p, previous, dq, kFirstDqGroups, 0, previous_ds.stage);
   }
 
   __device__ __forceinline__ void make_ds(const KernelParams& p, const BackwardBlock& block,
@@ -239,7 +232,7 @@ struct WideConsumer {
       wgmma_wait<0>();
       fence_registers(dq);
       arrive_warp(barriers().ds_empty(ds.stage));
-      add_dq(p, block, step, dq, 0, kOwnBarrier + 1);
+      add_dq(p, step, dq, 0, 1, ds.stage);
       q.advance();
       dout.advance();
       ds.advance();
