@@ -141,7 +141,7 @@ def fault_cases() -> Callable[[int], list[Problem]]:
 USED_BARRIERS = [
     ("forward", 128, range(34)),
     ("backward", 128, sorted({*range(35)} - {12, 13, 16, 17})),
-    ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 22]),
+    ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 22, 25, 26]),
 ]
 
 

@@ -158,7 +158,7 @@ struct BackwardBarriers {
     dv_full().init(kWarpgroup / 32);
     for (int buffer = 0; buffer < kBoundsBuffers; ++buffer) {
       bounds_full(buffer).init(1);
-      bounds_empty(buffer).init(kConsumerWarps);
+      bounds_empty(buffer).init(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);
     }
     for (int slot = 0; slot < kWorkSlots; ++slot) {
       work_full(slot).init(1);

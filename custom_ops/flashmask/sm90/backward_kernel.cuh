@@ -18,6 +18,7 @@
 #include "backward_rows.cuh"
 #include "backward_turns.cuh"
 #include "backward_wide.cuh"
+#include "backward_wide_keys.cuh"
 #include "tensor_map.h"
 
 namespace flashmask::sm90 {
@@ -38,14 +39,11 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
   if (warp < kWarpgroup / 32) {
     shrink_registers<24>();
     if (warp == 0) {
-      if (threadIdx.x == 0) {
-        load_k<kHeadDim>(maps, block, base);
-        load_v<kHeadDim>(maps, block, base, 0);
-      }
-      __syncwarp();
       RowRings<typename Layout::Config> rings;
       bring_rows<kHeadDim>(p, maps, block, base, &rings);
-      bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, 0);
+      bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, block.masks(p.op) - 1);
+    } else if (warp == 3) {
+      bring_wide_keys<kHeadDim>(p, maps, block, column_work(p, number + kBlocksAhead), base);
     } else if (kDeterministic && warp <= Layout::Config::kConsumers) {
       manage_turns<kHeadDim>(p, block, base, warp - 1);
     }
@@ -54,10 +52,10 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
     const WideConsumer<T, kHeadDim, kDeterministic> consumer{base};
     float gradient[kHeadDim / 8][4];
     if (warp < 2 * kWarpgroup / 32) {
-      consumer.make_p(p, block, gradient);
+      consumer.make_p(p, gradient);
       store_alone<T, KTile>(gradient, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
     } else {
-      consumer.make_ds(p, block, gradient);
+      consumer.make_ds(p, gradient);
       store_alone<T, KTile>(gradient, p.op.softmax_scale, maps.dk, base + Layout::kK, kOwnBarrier + 1, block);
     }
   }

@@ -52,8 +52,8 @@ __device__ __forceinline__ void prefetch_keys(const BackwardMaps& maps, const Ba
 }
 
 // One warp: the intervals of a column tile's keys, under `count` of its masks from number `first`.
-template <int kHeadDim>
-__device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t shared_base, Ring<kBoundsBuffers>* ring,
+template <int kHeadDim, int kBuffers>
+__device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t shared_base, Ring<kBuffers>* ring,
                                              const BackwardBlock& block, int first, int count) {
   using Layout = BackwardLayout<kHeadDim>;
   for (int mask = block.first_mask(p.op) + first; count > 0; ++mask, --count) {

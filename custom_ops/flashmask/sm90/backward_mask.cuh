@@ -30,17 +30,6 @@ __device__ __forceinline__ int4 key_intervals(const FlashmaskParams& op, int64_t
   return both;
 }
 
-// Those of this warpgroup's 64 keys, to shared memory.
-__device__ __forceinline__ void load_intervals(const FlashmaskParams& op, int64_t mask_index, int first_key,
-                                               uint32_t intervals, int thread, int barrier) {
-  named_barrier_sync(barrier, kWarpgroup);  // all are done with those of the previous mask
-  if (thread < 64) {
-    const int4 both = key_intervals(op, mask_index, first_key + thread);
-    store_shared_128(intervals + thread * 16, make_uint4(both.x, both.y, both.z, both.w));
-  }
-  named_barrier_sync(barrier, kWarpgroup);
-}
-
 // A thread's keys are `first_key` and the eighth after it; its queries 8n + 2t and the next, with t = lane % 4.
 template <int kGroups>
 __device__ __forceinline__ void mask_scores(float (&scores)[kGroups][4], uint32_t intervals, int first_key,

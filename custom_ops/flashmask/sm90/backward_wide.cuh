@@ -90,13 +90,19 @@ struct WideConsumer {
     if constexpr (kDeterministic) arrive_warp(barriers().dq_full(consumer));
   }
 
-  __device__ __forceinline__ void make_p(const KernelParams& p, const BackwardBlock& block,
-                                         float (&dv)[kHeadDim / 8][4]) const {
+  __device__ __forceinline__ void make_p(const KernelParams& p, float (&dv)[kHeadDim / 8][4]) const {
     constexpr int kDqGroups = kHeadDim / 8 - kFirstDqGroups;
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
     const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
     const uint32_t intervals = base + Layout::kBounds;
-    int intervals_of = -1;  // which mask
+    int bounds = -1;  // which of the column tile's masks the intervals are of
+    const auto move_to_bounds = [&](int wanted) {
+      while (bounds != wanted) {
+        if (bounds >= 0) arrive_warp(barriers().bounds_empty(0));
+        ++bounds;
+        barriers().bounds_full(0).wait(bounds & 1);
+      }
+    };
     Ring<Config::kQStages> q;
     Ring<Config::kDoStages> dout;
     Ring<Config::kDsBuffers> ds, previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
@@ -107,7 +113,10 @@ struct WideConsumer {
     while (true) {
       barriers().q_full(q.stage).wait(q.parity);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);
-      if (step.tile < 0) break;
+      if (step.tile < 0) {
+        move_to_bounds(step.bounds);  // all that will be brought is taken
+        break;
+      }
       const bool partial = step.tile & 1;
 
       float scores[kGroups][4];
@@ -116,10 +125,7 @@ struct WideConsumer {
       const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) load_shared_float4(lse[k], lse_place + k * 64);
-      if (partial && step.mask != intervals_of) {
-        intervals_of = step.mask;
-        load_intervals(p.op, step.mask, block.column_begin, intervals, thread(), kOwnBarrier);
-      }
+      if (partial) move_to_bounds(step.bounds);
       wgmma_wait<0>();
       fence_registers(scores);
       if (partial) {
@@ -175,8 +181,7 @@ struct WideConsumer {
     add_dq(p, previous, dq, kFirstDqGroups, 0, previous_ds.stage);
   }
 
-  __device__ __forceinline__ void make_ds(const KernelParams& p, const BackwardBlock& block,
-                                          float (&dk)[kHeadDim / 8][4]) const {
+  __device__ __forceinline__ void make_ds(const KernelParams& p, float (&dk)[kHeadDim / 8][4]) const {
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, warp_key(), lane());
     Ring<Config::kQStages> q;
     Ring<Config::kDoStages> dout;
