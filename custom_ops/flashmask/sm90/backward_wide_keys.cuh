@@ -5,8 +5,8 @@
 
 namespace flashmask::sm90 {
 
-// About as many blocks run at once (one on each of 132 multiprocessors), so the one this far behind starts when this one
-// ends: keys that it will load are in the L2 cache then. Nothing but time depends on it.
+// About as many blocks run at once (one on each of 132 multiprocessors), so the one this far behind starts when this
+// one ends: keys that it will load are in the L2 cache then. Nothing but time depends on it.
 constexpr int kBlocksAhead = 132;
 
 // `later` may be no work.
