@@ -142,7 +142,7 @@ cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
   cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
   if (status != cudaSuccess) return status;
   if (p.turns != nullptr) {
-    const size_t parts = BackwardConfig<kHeadDim>::kWide ? BackwardConfig<kHeadDim>::kConsumers : 1;
+    const size_t parts = BackwardConfig<kHeadDim>::kConsumers;
     const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
     status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "backward_epilogue.cuh"
+#include "backward_turns.cuh"
 #include "backward_work.cuh"
 #include "global_memory.cuh"
 #include "ring.cuh"
@@ -98,60 +99,88 @@ __device__ __forceinline__ void bring_all_rows(const KernelParams& p, const Back
   bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfWork, 0);
 }
 
-// Until all later column tiles that touch this row tile have added their part of dQ, `parts` parts each.
-template <typename Config>
-__device__ __forceinline__ void wait_for_turn(const KernelParams& p, const int32_t* turn, int64_t mask_index,
-                                              int row_tile, int column_tile, int parts) {
-  int before = 0;
-#pragma unroll 1  // few registers
-  for (int index = threadIdx.x % 32 + column_tile / 32; index < p.lists.column_words; index += 32) {
-    uint32_t active =
-        p.lists.by_row != nullptr
-            ? p.lists.by_row[(mask_index * p.lists.row_tiles + row_tile) * p.lists.column_words + index].active
-            : columns_of_row_tile<Config::kRows, Config::kColumns>(p, row_tile).word(index).active;
-    if (index == column_tile / 32) active &= ~low_bits(column_tile % 32 + 1);
-    before += __popc(active);
-  }
-  before = __reduce_add_sync(kAllLanes, before) * parts;
-  wait_for_count(turn, before);
-  __syncwarp();
-}
-
-// One warp per consumer warpgroup: adds its part of dQ of a column tile to global memory, step by step.
+// One warp per consumer warpgroup: adds its part of dQ to global memory, step by step.
 template <int kHeadDim, bool kDeterministic>
-__device__ __forceinline__ void take_dq_away(const KernelParams& p, const BackwardBlock& block, uint32_t shared_base,
-                                             int consumer, uint32_t* parity) {
+struct DqSender {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
-  constexpr int kPartBytes = Layout::kDqPartFloats * 4;
-  const bool leader = threadIdx.x % 32 == 0;
-  for_each_tile<Config>(p, block, [&](int head, int tile, bool) {
-    const uint32_t base = opaque(shared_base);  // few registers: nothing is worth keeping from step to step
-    const BackwardBarriers<kHeadDim> barriers{base};
-    const int64_t batch_head = block.batch_head(p.op, head);
-    int32_t* turn = p.turns + batch_head * p.lists.row_tiles + tile;
-    if constexpr (kDeterministic) {
-      wait_for_turn<Config>(p, turn, block.mask_index(p.op, head), tile, block.column_tile, Config::kConsumers);
-    }
-    barriers.dq_full(consumer).wait_warp(*parity);
-    *parity ^= 1;
-    if (leader) {
-      add_floats(p.dq_accumulator + (batch_head * p.padded_rows + tile * Config::kRows) * kHeadDim +
-                     consumer * Layout::kDqPartFloats,
-                 base + Layout::kDq + consumer * kPartBytes, kPartBytes);
+  static constexpr int kPartBytes = Layout::kDqPartFloats * 4;
+
+  const KernelParams& p;
+  uint32_t shared_base;
+  int consumer;
+  uint32_t parity = 0;
+  // Deterministic: the step that is to be sent, which waits until the next one is known: what has to be found out about
+  // the turn of that overlaps with this one's way to memory.
+  int row_tile = -1;  // over all heads; -1: none
+  int before = 0;     // how many column tiles add first
+  bool ready = false;
+
+  static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
+  // Counts column tiles that have added this warpgroup's part.
+  __device__ __forceinline__ int32_t* turn(int row_tile) const {
+    return p.turns + static_cast<int64_t>(row_tile) * Config::kConsumers + consumer;
+  }
+
+  // `first_row` counts padded rows over all heads.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void add(int64_t first_row, const Meanwhile& meanwhile) {
+    const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};  // few registers: nothing is worth keeping
+    barriers.dq_full(consumer).wait_warp(parity);
+    parity ^= 1;
+    if (leader()) {
+      add_floats(p.dq_accumulator + first_row * kHeadDim + consumer * Layout::kDqPartFloats,
+                 barriers.base + Layout::kDq + consumer * kPartBytes, kPartBytes);
       commit_stores();
+    }
+    meanwhile();
+    if (leader()) {
       wait_stores_read<0>();
       barriers.dq_empty(consumer).arrive();
-      if constexpr (kDeterministic) {
-        wait_stores<0>();
-        fence_async_proxy_global();
-        __threadfence();
-        count_up(turn);
-      }
     }
     __syncwarp();
-  });
-}
+  }
+
+  // Sends the step that waits. `next` takes its place (-1: none); find_before() says how many add before that.
+  template <typename FindBefore>
+  __device__ __forceinline__ void add_in_turn(int next, const FindBefore& find_before) {
+    int next_before = 0;
+    bool next_ready = false;
+    if (row_tile < 0) {
+      next_before = find_before();
+    } else {
+      if (!ready) wait_for_count(turn(row_tile), before);
+      __syncwarp();
+      const int batch_head = row_tile / p.lists.row_tiles;
+      const int in_head = row_tile - batch_head * p.lists.row_tiles;
+      add(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows,
+          [&] { next_before = find_before(); });
+      if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(turn(next)), 0) >= next_before;
+      if (leader()) {
+        wait_stores<0>();
+        fence_async_proxy_global();
+        count_up(turn(row_tile));
+      }
+      __syncwarp();
+    }
+    row_tile = next;
+    before = next_before;
+    ready = next_ready;
+  }
+
+  // All steps of a column tile.
+  __device__ __forceinline__ void send(const BackwardBlock& block) {
+    for_each_tile<Config>(p, block, [&](int head, int tile, bool) {
+      if constexpr (kDeterministic) {
+        add_in_turn(static_cast<int>(block.batch_head(p.op, head)) * p.lists.row_tiles + tile,
+                    [&] { return turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile); });
+      } else {
+        add(block.batch_head(p.op, head) * p.padded_rows + tile * Config::kRows, [] {});
+      }
+    });
+    if constexpr (kDeterministic) add_in_turn(-1, [] { return 0; });
+  }
+};
 
 // All that leaves through one warpgroup's place for dQ: dQ of all steps of a column tile, then dK.
 template <int kHeadDim, bool kDeterministic>
@@ -159,15 +188,15 @@ __device__ __forceinline__ void take_all_away(const KernelParams& p, const Backw
                                               int consumer) {
   using Layout = BackwardLayout<kHeadDim>;
   using GradientTile = typename Layout::GradientTile;
-  uint32_t parity = 0;
+  DqSender<kHeadDim, kDeterministic> dq{p, shared_base, consumer};
   for (uint32_t number = 0; wait_for_work<kHeadDim>(shared_base, number); ++number) {
     const BackwardBlock block(p, read_work<kHeadDim>(shared_base, number));
     free_work<kHeadDim>(shared_base, number);
-    take_dq_away<kHeadDim, kDeterministic>(p, block, shared_base, consumer, &parity);
+    dq.send(block);
     const BackwardBarriers<kHeadDim> barriers{shared_base};
-    barriers.dq_full(consumer).wait_warp(parity);
-    parity ^= 1;
-    if (threadIdx.x % 32 == 0) {
+    barriers.dq_full(consumer).wait_warp(dq.parity);
+    dq.parity ^= 1;
+    if (dq.leader()) {
       store_gradient<GradientTile>(maps.dk, shared_base + Layout::kDq + consumer * Layout::kDqPartFloats * 4,
                                    consumer * 64, block);
       finish_stores();

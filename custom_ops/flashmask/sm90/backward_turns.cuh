@@ -1,8 +1,9 @@
-// Deterministic mode above 128 dims: the order in which column tiles add to dQ.
+// Deterministic mode: the order in which column tiles add to dQ.
 //
-// Each half of the dims of dQ of a row tile is added by one warpgroup, and has a counter of its own: how many column
-// tiles have added to it. Column tiles take their turn in descending order. A producer warp for each consumer warpgroup
-// does all that touches counters, so that consumers wait for no round trip to global memory:
+// Each warpgroup's part of dQ of a row tile has a counter of its own: how many column tiles have added to it. Column
+// tiles take their turn in descending order. A producer warp for each consumer warpgroup does all that touches
+// counters, so that consumers wait for no round trip to global memory. Up to 128 dims that warp adds, too (DqSender).
+// Above:
 //
 //   producer warp                                        consumer warpgroup
 //   how many come before (while step i - 1 is computed)  products of step i

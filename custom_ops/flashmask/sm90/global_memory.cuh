@@ -5,12 +5,20 @@
 
 namespace flashmask::sm90 {
 
-// Until `counter` has come to `value`; what was written before it was counted up is then visible.
+// What was written before a counter was counted up is visible to who has seen that.
+__device__ __forceinline__ int32_t read_count(const int32_t* counter) {
+  int32_t seen;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
 __device__ __forceinline__ void wait_for_count(const int32_t* counter, int32_t value) {
-  int seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < value);
+  while (read_count(counter) < value) {
+    // An acquiring load empties the L1 cache: this one looks without, until it is time.
+    int32_t seen;
+    do {
+      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < value);
+  }
 }
 __device__ __forceinline__ void count_up(int32_t* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");

@@ -5,6 +5,10 @@
 
 namespace flashmask::sm90 {
 
+inline int32_t read_count(const int32_t* counter) {
+  emulator::maybe_yield();
+  return *counter;
+}
 inline void wait_for_count(const int32_t* counter, int32_t value) { emulator::wait_for_count(counter, value); }
 inline void count_up(int32_t* counter) { emulator::count_up(counter); }
 inline void fence_async_proxy_global() {}
