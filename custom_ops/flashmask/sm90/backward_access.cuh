@@ -9,12 +9,6 @@ namespace flashmask::sm90 {
 // Named barriers: of one consumer warpgroup, of both, and "it is this warpgroup's turn".
 constexpr int kOwnBarrier = 1, kAllConsumers = 3, kTurnBarrier = 4;
 
-// One arrival per warp, after all its lanes came here.
-__device__ __forceinline__ void arrive_warp(Barrier barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier.arrive();
-}
-
 __device__ __forceinline__ Step read_step(uint32_t address) {
   const uint4 words = load_shared_128(address);
   return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};

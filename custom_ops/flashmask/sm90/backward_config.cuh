@@ -136,33 +136,37 @@ struct BackwardBarriers {
   __device__ __forceinline__ void init() const {
     for (int stage = 0; stage < Config::kQStages; ++stage) {
       q_full(stage).init(1);
-      q_empty(stage).init(kConsumerWarps);
+      q_empty(stage).init_warps(kConsumerWarps);
     }
     for (int stage = 0; stage < Config::kDoStages; ++stage) {
       do_full(stage).init(1);
-      do_empty(stage).init(kConsumerWarps);
+      do_empty(stage).init_warps(kConsumerWarps);
     }
     for (int buffer = 0; buffer < Config::kDsBuffers; ++buffer) {
-      ds_full(buffer).init(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);
-      ds_empty(buffer).init(kConsumerWarps);
-      p_full(buffer).init(kWarpgroup / 32);
-      p_empty(buffer).init(kWarpgroup / 32);
+      ds_full(buffer).init_warps(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);
+      ds_empty(buffer).init_warps(kConsumerWarps);
+      p_full(buffer).init_warps(kWarpgroup / 32);
+      p_empty(buffer).init_warps(kWarpgroup / 32);
     }
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-      dq_full(consumer).init(kWarpgroup / 32);
-      dq_empty(consumer).init(1);
+      dq_full(consumer).init_warps(kWarpgroup / 32);
+      if (Config::kWide) {  // there a warp says with it whose turn it is
+        dq_empty(consumer).init_warps(1);
+      } else {
+        dq_empty(consumer).init(1);
+      }
       v_full(consumer).init(1);
     }
     k_full().init(1);
-    k_empty().init(kConsumerWarps);
-    dv_full().init(kWarpgroup / 32);
+    k_empty().init_warps(kConsumerWarps);
+    dv_full().init_warps(kWarpgroup / 32);
     for (int buffer = 0; buffer < kBoundsBuffers; ++buffer) {
-      bounds_full(buffer).init(1);
-      bounds_empty(buffer).init(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);
+      bounds_full(buffer).init_warps(1);
+      bounds_empty(buffer).init_warps(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);
     }
     for (int slot = 0; slot < kWorkSlots; ++slot) {
-      work_full(slot).init(1);
-      work_empty(slot).init(1 + Config::kConsumers);  // warps that bring rows or take dQ away
+      work_full(slot).init_warps(1);
+      work_empty(slot).init_warps(1 + Config::kConsumers);  // warps that bring rows or take dQ away
     }
     publish_barriers();
   }

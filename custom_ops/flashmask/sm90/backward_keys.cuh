@@ -70,7 +70,7 @@ __device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t sha
         store_shared_128(place + (key + i * 32) * 16, make_uint4(both[i].x, both[i].y, both[i].z, both[i].w));
       }
     }
-    arrive_warp(barriers.bounds_full(ring->stage));
+    barriers.bounds_full(ring->stage).arrive_warp();
     ring->advance();
   }
 }

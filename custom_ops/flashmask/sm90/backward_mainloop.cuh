@@ -109,13 +109,13 @@ struct BackwardConsumer {
   }
   __device__ __forceinline__ void hand_over_dq() {
     fence_async_proxy();
-    arrive_warp(barriers.dq_full(consumer));
+    barriers.dq_full(consumer).arrive_warp();
   }
 
   // Frees the intervals that came before.
   __device__ __forceinline__ void move_to_bounds(int wanted) {
     while (bounds != wanted) {
-      if (bounds >= 0) arrive_warp(barriers.bounds_empty(bounds & (kBoundsBuffers - 1)));
+      if (bounds >= 0) barriers.bounds_empty(bounds & (kBoundsBuffers - 1)).arrive_warp();
       ++bounds;
       barriers.bounds_full(bounds & (kBoundsBuffers - 1)).wait(bounds / kBoundsBuffers & 1);
     }
@@ -221,13 +221,13 @@ struct BackwardConsumer {
       }
       if constexpr (Config::kTurnIncludesDs) end_turn();
       fence_async_proxy();
-      arrive_warp(barriers.ds_full(ds.stage));
+      barriers.ds_full(ds.stage).arrive_warp();
       gradient_product(dk, rounded_ds, Layout::kQ, q.stage);
 
       wgmma_wait<1>();
       fence_registers(dv);
       fence_registers(rounded_p);
-      arrive_warp(barriers.do_empty(dout.stage));
+      barriers.do_empty(dout.stage).arrive_warp();
 
       // In the first round this multiplies whatever the shared memory holds, and the product is dropped: a branch
       // around a product would make the compiler wait for those in flight.
@@ -238,15 +238,15 @@ struct BackwardConsumer {
       fence_registers(dk);
       fence_registers(rounded_ds);
       fence_registers(dq);
-      arrive_warp(barriers.q_empty(q.stage));
-      if (count > 1) arrive_warp(barriers.ds_empty(previous_ds.stage));
+      barriers.q_empty(q.stage).arrive_warp();
+      if (count > 1) barriers.ds_empty(previous_ds.stage).arrive_warp();
       scale_dq(dq);
       previous_ds = ds;
       q.advance();
       dout.advance();
       ds.advance();
     }
-    arrive_warp(barriers.q_empty(q.stage));
+    barriers.q_empty(q.stage).arrive_warp();
     q.advance();
 
     // The last dQ; after no steps at all again a product that is dropped. dV leaves while it is multiplied.
@@ -260,12 +260,12 @@ struct BackwardConsumer {
     }
     gradient_to_shared<T, KTile>(dv, 1.0f, base + Layout::kV, consumer * 64);
     fence_async_proxy();
-    if (consumer == 0) arrive_warp(barriers.dv_full());
+    if (consumer == 0) barriers.dv_full().arrive_warp();
     wgmma_wait<0>();
     fence_registers(dq);
-    arrive_warp(barriers.k_empty());
+    barriers.k_empty().arrive_warp();
     if (count > 0) {
-      arrive_warp(barriers.ds_empty(previous_ds.stage));
+      barriers.ds_empty(previous_ds.stage).arrive_warp();
       scale_dq(dq);
       store_dq(dq_scaled, dq_place);
       hand_over_dq();

@@ -58,7 +58,7 @@ __device__ __forceinline__ void manage_turns(const KernelParams& p, const Backwa
     const int before = turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile);
     if (added != nullptr) count_added();
     wait_for_count(turn, before);
-    arrive_warp(barriers.dq_empty(consumer));
+    barriers.dq_empty(consumer).arrive_warp();
     added = turn;
   });
   if (added != nullptr) count_added();

@@ -87,7 +87,7 @@ struct WideConsumer {
     if constexpr (kDeterministic) barriers().dq_empty(consumer).wait(parity);
 #pragma unroll
     for (int n = 0; n < kDqGroups; ++n) add_fragment(rows + n * kWarpgroup * 4, dq[n], p.op.softmax_scale);
-    if constexpr (kDeterministic) arrive_warp(barriers().dq_full(consumer));
+    if constexpr (kDeterministic) barriers().dq_full(consumer).arrive_warp();
   }
 
   __device__ __forceinline__ void make_p(const KernelParams& p, float (&dv)[kHeadDim / 8][4]) const {
@@ -98,7 +98,7 @@ struct WideConsumer {
     int bounds = -1;  // which of the column tile's masks the intervals are of
     const auto move_to_bounds = [&](int wanted) {
       while (bounds != wanted) {
-        if (bounds >= 0) arrive_warp(barriers().bounds_empty(0));
+        if (bounds >= 0) barriers().bounds_empty(0).arrive_warp();
         ++bounds;
         barriers().bounds_full(0).wait(bounds & 1);
       }
@@ -141,14 +141,14 @@ struct WideConsumer {
         }
         pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
       }
-      arrive_warp(barriers().q_empty(q.stage));
+      barriers().q_empty(q.stage).arrive_warp();
       barriers().p_empty(ds.stage).wait(ds.parity ^ 1);
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         store_shared_128(base + Layout::kP + ds.stage * Layout::kPBytes + (k * kWarpgroup + thread()) * 16,
                          make_uint4(rounded_p[k][0], rounded_p[k][1], rounded_p[k][2], rounded_p[k][3]));
       }
-      arrive_warp(barriers().p_full(ds.stage));
+      barriers().p_full(ds.stage).arrive_warp();
 
       barriers().do_full(dout.stage).wait(dout.parity);
       gradient_product(dv, rounded_p, Layout::kDo + dout.stage * QTile::kBytes);
@@ -159,11 +159,11 @@ struct WideConsumer {
       wgmma_wait<1>();
       fence_registers(dv);
       fence_registers(rounded_p);
-      arrive_warp(barriers().do_empty(dout.stage));
+      barriers().do_empty(dout.stage).arrive_warp();
       wgmma_wait<0>();
       fence_registers(dq);
       if (previous.tile >= 0) {
-        arrive_warp(barriers().ds_empty(previous_ds.stage));
+        barriers().ds_empty(previous_ds.stage).arrive_warp();
         add_dq(p, previous, dq, kFirstDqGroups, 0, previous_ds.stage);
       }
       previous = step;
@@ -221,10 +221,10 @@ struct WideConsumer {
         pack_operand<T>(rounded_ds[k], dp[2 * k], dp[2 * k + 1]);
         store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, k * 16), rounded_ds[k]);
       }
-      arrive_warp(barriers().p_empty(ds.stage));
-      arrive_warp(barriers().do_empty(dout.stage));
+      barriers().p_empty(ds.stage).arrive_warp();
+      barriers().do_empty(dout.stage).arrive_warp();
       fence_async_proxy();
-      arrive_warp(barriers().ds_full(ds.stage));
+      barriers().ds_full(ds.stage).arrive_warp();
       gradient_product(dk, rounded_ds, Layout::kQ + q.stage * QTile::kBytes);
 
       float dq[kFirstDqGroups][4];
@@ -233,10 +233,10 @@ struct WideConsumer {
       wgmma_wait<1>();
       fence_registers(dk);
       fence_registers(rounded_ds);
-      arrive_warp(barriers().q_empty(q.stage));
+      barriers().q_empty(q.stage).arrive_warp();
       wgmma_wait<0>();
       fence_registers(dq);
-      arrive_warp(barriers().ds_empty(ds.stage));
+      barriers().ds_empty(ds.stage).arrive_warp();
       add_dq(p, step, dq, 0, 1, ds.stage);
       q.advance();
       dout.advance();

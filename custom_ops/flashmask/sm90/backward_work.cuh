@@ -106,7 +106,7 @@ __device__ __forceinline__ bool tell_work(const KernelParams& p, uint32_t shared
   barriers.work_empty(number % kWorkSlots).wait_warp(number / kWorkSlots % 2 ^ 1);
   store_shared_128(work_slot<kHeadDim>(shared_base, number),
                    make_uint4(work.batch, work.head_k, work.column_tile, 0));  // all lanes the same: each can read it
-  arrive_warp(barriers.work_full(number % kWorkSlots));
+  barriers.work_full(number % kWorkSlots).arrive_warp();
   return work.batch >= 0;
 }
 
@@ -118,7 +118,7 @@ __device__ __forceinline__ bool wait_for_work(uint32_t shared_base, uint32_t num
 }
 template <int kHeadDim>
 __device__ __forceinline__ void free_work(uint32_t shared_base, uint32_t number) {
-  arrive_warp(BackwardBarriers<kHeadDim>{shared_base}.work_empty(number % kWorkSlots));
+  BackwardBarriers<kHeadDim>{shared_base}.work_empty(number % kWorkSlots).arrive_warp();
 }
 
 }  // namespace flashmask::sm90

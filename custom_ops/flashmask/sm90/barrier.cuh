@@ -12,6 +12,14 @@ namespace flashmask::sm90 {
 
 constexpr int kWarpgroup = 128;  // threads of four warps that issue a wgmma together
 
+// One lane arrives for its warp, behind a __syncwarp. compute-sanitizer's racecheck credits an arrival to the lane that
+// makes it and to no other: for that tool, in a build of its own, all lanes arrive.
+#ifdef FLASHMASK_EVERY_LANE_ARRIVES
+constexpr int kArrivalsOfWarp = 32;
+#else
+constexpr int kArrivalsOfWarp = 1;
+#endif
+
 // An mbarrier in shared memory, by its 32-bit address. It completes a phase when all arrivals (and all announced bytes)
 // have come; waiters name the phase by its parity.
 struct Barrier {
@@ -22,6 +30,13 @@ struct Barrier {
   }
   __device__ __forceinline__ void arrive() const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
+  }
+  // For barriers that only whole warps arrive at: of so many warps, by arrive_warp.
+  __device__ __forceinline__ void init_warps(int warps) const { init(warps * kArrivalsOfWarp); }
+  // For a whole warp: one arrival, after all its lanes came here.
+  __device__ __forceinline__ void arrive_warp() const {
+    __syncwarp();
+    if (kArrivalsOfWarp == 32 || threadIdx.x % 32 == 0) arrive();
   }
   // One arrival that also announces bytes which TMA copies will bring.
   __device__ __forceinline__ void arrive_expecting(int bytes) const {

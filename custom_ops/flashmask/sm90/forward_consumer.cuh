@@ -45,10 +45,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   Ring<Config::kMaskStages> mask_ring;
   Ring<Config::kWorkStages> row_tile_ring;
   Ring<Config::kQStages> q_ring;
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    if (lane == 0) Barrier{shared + barrier}.arrive();
-  };
+  const auto release = [&](int barrier) { Barrier{shared + barrier}.arrive_warp(); };
 
   float output[kHeadDim / 8][4];
   float scores[kScoreGroups][4];
@@ -139,7 +136,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
   };
 
-  const auto next_row_tile = [&] { return read_row_tile<kHeadDim>(shared, &row_tile_ring, lane); };
+  const auto next_row_tile = [&] { return read_row_tile<kHeadDim>(shared, &row_tile_ring); };
 
   RowTile work = next_row_tile(), next;
   while (work.row_tile >= 0) {

@@ -23,21 +23,22 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = Config::kConsumers * 4;
-    const auto init = [&](int place, int count, int arrivals) {
-      for (int i = 0; i < count; ++i) Barrier{shared + place + i * 8}.init(arrivals);
+    // Filled by one lane, emptied by whole warps.
+    const auto init = [&](int full, int empty, int count, int empty_warps) {
+      for (int i = 0; i < count; ++i) Barrier{shared + full + i * 8}.init(1);
+      for (int i = 0; i < count; ++i) Barrier{shared + empty + i * 8}.init_warps(empty_warps);
     };
-    init(Layout::kQFull, Config::kQStages, 1);
-    init(Layout::kQEmpty, Config::kQStages, kConsumerWarps);
-    init(Layout::kKFull, Config::kStages, 1);
-    init(Layout::kKEmpty, Config::kStages, kConsumerWarps);
-    init(Layout::kVFull, Config::kStages, 1);
-    init(Layout::kVEmpty, Config::kStages, kConsumerWarps);
-    init(Layout::kMaskFull, Config::kMaskStages, Config::kMaskWarps);
-    init(Layout::kMaskEmpty, Config::kMaskStages, kConsumerWarps);
-    init(Layout::kWorkFull, Config::kWorkStages, 1);
-    init(Layout::kWorkEmpty, Config::kWorkStages, kConsumerWarps);
-    init(Layout::kOrderFull, Config::kOrderStages, 1);
-    init(Layout::kOrderEmpty, Config::kOrderStages, 1 + Config::kMaskWarps);
+    init(Layout::kQFull, Layout::kQEmpty, Config::kQStages, kConsumerWarps);
+    init(Layout::kKFull, Layout::kKEmpty, Config::kStages, kConsumerWarps);
+    init(Layout::kVFull, Layout::kVEmpty, Config::kStages, kConsumerWarps);
+    for (int i = 0; i < Config::kMaskStages; ++i) {
+      Barrier{shared + Layout::kMaskFull + i * 8}.init_warps(Config::kMaskWarps);
+    }
+    for (int i = 0; i < Config::kMaskStages; ++i) {
+      Barrier{shared + Layout::kMaskEmpty + i * 8}.init_warps(kConsumerWarps);
+    }
+    init(Layout::kWorkFull, Layout::kWorkEmpty, Config::kWorkStages, kConsumerWarps);
+    init(Layout::kOrderFull, Layout::kOrderEmpty, Config::kOrderStages, 1 + Config::kMaskWarps);
     publish_barriers();
   }
   __syncthreads();

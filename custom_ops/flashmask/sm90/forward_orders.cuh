@@ -126,13 +126,11 @@ __device__ __forceinline__ void schedule(const KernelParams& p, uint32_t shared,
 
 // For a whole warp: the next order; its place is then free.
 template <int kHeadDim>
-__device__ __forceinline__ TileOrder read_order(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kOrderStages>* ring,
-                                                int lane) {
+__device__ __forceinline__ TileOrder read_order(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kOrderStages>* ring) {
   using Layout = ForwardLayout<kHeadDim>;
   Barrier{shared + Layout::kOrderFull + ring->stage * 8}.wait_warp(ring->parity);
   const uint4 words = load_shared_128(shared + Layout::kOrders + ring->stage * 16);
-  __syncwarp();
-  if (lane == 0) Barrier{shared + Layout::kOrderEmpty + ring->stage * 8}.arrive();
+  Barrier{shared + Layout::kOrderEmpty + ring->stage * 8}.arrive_warp();
   ring->advance();
   return TileOrder{static_cast<int>(uniform(words.x)), uniform(words.y), static_cast<int>(uniform(words.z)),
                    static_cast<int>(uniform(words.w))};

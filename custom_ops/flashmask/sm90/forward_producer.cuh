@@ -63,7 +63,7 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
 
   int batch = 0, head = 0, head_k = 0;
   while (true) {
-    const TileOrder order = read_order<kHeadDim>(shared, &order_ring, lane);
+    const TileOrder order = read_order<kHeadDim>(shared, &order_ring);
     if (order.flags & kDone) {
       load_late_v();
       publish(-1, 0, 0, false);
@@ -115,7 +115,7 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
   Ring<Config::kOrderStages> order_ring;
   Ring<Config::kMaskStages> mask_ring;
   while (true) {
-    const TileOrder order = read_order<kHeadDim>(shared, &order_ring, lane);
+    const TileOrder order = read_order<kHeadDim>(shared, &order_ring);
     if (order.flags & kDone) return;
     if (!(order.flags & kAnyPartial)) continue;
     const int batch = order.batch_head / p.op.heads_q, head = order.batch_head - batch * p.op.heads_q;
@@ -125,21 +125,18 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
     write_mask<kHeadDim>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op,
                          p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, order.row_tile * Config::kRows,
                          order.column_tile * Config::kColumns, warp, lane);
-    __syncwarp();
-    if (lane == 0) Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive();
+    Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
     mask_ring.advance();
   }
 }
 
 // For a whole warp of the consumers: the next row tile; its place is then free.
 template <int kHeadDim>
-__device__ __forceinline__ RowTile read_row_tile(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kWorkStages>* ring,
-                                                 int lane) {
+__device__ __forceinline__ RowTile read_row_tile(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kWorkStages>* ring) {
   using Layout = ForwardLayout<kHeadDim>;
   Barrier{shared + Layout::kWorkFull + ring->stage * 8}.wait_warp(ring->parity);
   const uint4 words = load_shared_128(shared + Layout::kWork + ring->stage * 16);
-  __syncwarp();
-  if (lane == 0) Barrier{shared + Layout::kWorkEmpty + ring->stage * 8}.arrive();
+  Barrier{shared + Layout::kWorkEmpty + ring->stage * 8}.arrive_warp();
   ring->advance();
   return RowTile{static_cast<int>(uniform(words.x)), static_cast<int>(uniform(words.y)),
                  static_cast<int>(uniform(words.z)), static_cast<int>(uniform(words.w))};

@@ -12,6 +12,11 @@ struct Barrier {
 
   void init(int arrivals) const { emulator::init_barrier(address, arrivals); }
   void arrive() const { emulator::arrive(address, 0); }
+  void init_warps(int warps) const { init(warps); }
+  void arrive_warp() const {
+    emulator::sync_warp("Barrier::arrive_warp");
+    if (emulator::lane() == 0) arrive();
+  }
   void arrive_expecting(int bytes) const { emulator::arrive(address, bytes); }
   void wait(uint32_t parity) const { emulator::wait_barrier(address, parity); }
   void wait_warp(uint32_t parity) const {
