@@ -4,7 +4,8 @@ the sanitizer takes minutes to start). Values are only looked at for NaN; the ot
     compute-sanitizer --tool memcheck python3 tests/gpu/sanitizer_cases.py
     compute-sanitizer --tool racecheck python3 tests/gpu/sanitizer_cases.py
 
-racecheck of the Hopper kernels wants a library built with CUDAFLAGS=-DFLASHMASK_EVERY_LANE_ARRIVES (barrier.cuh says why).
+For racecheck of the Hopper kernels, build the library with CUDAFLAGS=-DFLASHMASK_EVERY_LANE_ARRIVES; barrier.cuh says
+why.
 """
 
 from __future__ import annotations
