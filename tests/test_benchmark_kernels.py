@@ -152,3 +152,12 @@ def test_block_mask_is_flex_attentions_own(load):
             want = attention.create_block_mask(visible, 3, None, 1024, 1024, device="cpu")
             for mine, theirs in zip(made.as_tuple(), want.as_tuple(), strict=True):
                 assert torch.equal(mine, theirs) if torch.is_tensor(mine) else mine == theirs, mask
+
+
+def test_the_commit_can_be_named(load, monkeypatch):
+    """Where benchmarks run on a copy of the tree, its history is missing or another's."""
+    monkeypatch.setenv("FLASHMASK_COMMIT", "0123456789ab")
+    report = load("benchmarks.report")
+    assert report.commit() == "0123456789ab"
+    monkeypatch.delenv("FLASHMASK_COMMIT")
+    assert report.commit() != "0123456789ab"
