@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 from hypothesis import settings
 
 # No deadline: a loaded machine must not fail a correct test. Fixed examples: a failure is the change's, not the draw's.
 settings.register_profile("flashmask", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("flashmask")
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the repository that is not part of the package, such as benchmarks.summary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+        yield importlib.import_module

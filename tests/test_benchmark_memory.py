@@ -13,10 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def memory():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield importlib.import_module("benchmarks.cuda.memory")
+def memory(load):
+    return load("benchmarks.cuda.memory")
 
 
 def test_chosen_documents(memory):
