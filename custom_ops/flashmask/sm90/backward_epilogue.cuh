@@ -40,11 +40,10 @@ __device__ __forceinline__ void finish_stores() {
   wait_stores_read<0>();  // the shared memory must outlive the copies
 }
 
-// All of it for a warpgroup that owns one gradient of all keys.
+// All of it for a warpgroup that owns one gradient of all keys, when all are done with K and V.
 template <typename T, typename KTile, int kGroups>
 __device__ __forceinline__ void store_alone(float (&gradient)[kGroups][4], float scale, const CUtensorMap& map,
                                             uint32_t place, int barrier, const BackwardBlock& block) {
-  named_barrier_sync(kAllConsumers, 2 * kWarpgroup);  // all are done with K and V
   gradient_to_shared<T, KTile>(gradient, scale, place, 0);
   fence_async_proxy();
   named_barrier_sync(barrier, kWarpgroup);

@@ -51,11 +51,17 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
     grow_registers<240>();
     const WideConsumer<T, kHeadDim, kDeterministic> consumer{base};
     float gradient[kHeadDim / 8][4];
-    if (warp < 2 * kWarpgroup / 32) {
+    const bool makes_p = warp < 2 * kWarpgroup / 32;
+    if (makes_p) {
       consumer.make_p(p, gradient);
-      store_alone<T, KTile>(gradient, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
     } else {
       consumer.make_ds(p, gradient);
+    }
+    // At one place for both warpgroups, which the tools that check synchronisation want of a barrier.
+    named_barrier_sync(kAllConsumers, 2 * kWarpgroup);  // all are done with K and V
+    if (makes_p) {
+      store_alone<T, KTile>(gradient, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
+    } else {
       store_alone<T, KTile>(gradient, p.op.softmax_scale, maps.dk, base + Layout::kK, kOwnBarrier + 1, block);
     }
   }
