@@ -11,6 +11,7 @@ FLASHMASK = HERE.parents[1] / "custom_ops" / "flashmask"
 TYPES = {"bf16": ("__nv_bfloat16", "FLASHMASK_BFLOAT16"), "fp16": ("__half", "FLASHMASK_FLOAT16")}
 FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+    "-DFLASHMASK_WITH_SM90",
     "-fno-extern-tls-init",  # dynamic shared memory is declared like thread-local data
 )
 

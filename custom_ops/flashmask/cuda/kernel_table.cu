@@ -2,8 +2,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../sm90/tensor_map.h"
 #include "launch.h"
+#ifdef FLASHMASK_WITH_SM90  // toolkits before 12.0 know no tensor maps
+#include "../sm90/tensor_map.h"
+#endif
 
 namespace flashmask {
 
@@ -12,6 +14,7 @@ bool forward_takes(const FlashmaskParams&) { return true; }
 bool backward_takes(const FlashmaskParams&) { return true; }
 }  // namespace sm80
 
+#ifdef FLASHMASK_WITH_SM90
 namespace sm90 {
 // Dropout is left to the portable kernels: its Philox draws cost more than the products that it would go with.
 bool forward_takes(const FlashmaskParams& op) {
@@ -26,6 +29,7 @@ bool backward_takes(const FlashmaskParams& op) {
          tma_can_read(op.dv, op.batch, op.seqlen_k, op.heads_k);
 }
 }  // namespace sm90
+#endif
 
 #define FLASHMASK_FORWARD(arch, min_capability, max_capability, dtype, type, head_dim) \
   {#arch,                                                                              \

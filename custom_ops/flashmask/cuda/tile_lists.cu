@@ -23,7 +23,9 @@ __device__ __forceinline__ void reduce(IntervalRange* range) {
 
 // Block x takes 32 column tiles of one mask head, block y a share of the row tiles.
 __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_constant__ KernelParams p) {
-  __shared__ ColumnTileSummary summaries[kTilesPerBlock];
+  // Bytes, as summaries have initial values and CUDA forbids those in shared memory. Some compilers refuse the array.
+  __shared__ __align__(16) unsigned char storage[kTilesPerBlock * sizeof(ColumnTileSummary)];
+  ColumnTileSummary* const summaries = reinterpret_cast<ColumnTileSummary*>(storage);
   const TileLists& lists = p.lists;
   const FlashmaskParams& op = p.op;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
