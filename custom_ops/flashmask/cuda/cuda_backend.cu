@@ -20,6 +20,8 @@ constexpr int kSmallShared = 99 * 1024;  // the least that devices of capability
 constexpr int kLargestShared = 1 << 30;
 // Heads that run at the same time should find their keys and values (or queries) in the L2 cache of 40 MB and more.
 constexpr int64_t kCacheBudget = 20 << 20;
+// A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
+constexpr int64_t kRowsBeyondCache = 5 * kCacheBudget;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -117,6 +119,11 @@ int64_t plan_forward(const TileShape& shape, void* workspace_base, KernelParams*
   return workspace.bytes();
 }
 
+// What one query row takes: q, dout and the sums of dQ.
+int64_t backward_row_bytes(const FlashmaskParams& op, int head_dim) {
+  return (op.head_dim + op.head_dim_v) * 2 + head_dim * 4;
+}
+
 int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base, KernelParams* p) {
   Workspace workspace(workspace_base);
   const FlashmaskParams& op = p->op;
@@ -128,6 +135,8 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->query_lse = workspace.take<float>(rows);
   p->query_delta = workspace.take<float>(rows);
   p->work_counter = workspace.take<int32_t>(1);
+  int32_t* row_front = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q);
+  if (!op.deterministic && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) p->row_front = row_front;
   if (op.deterministic) {
     p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles * 2 + 1);
   }
@@ -325,9 +334,8 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   if (status != FLASHMASK_OK) return status;
   if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;
 
-  const int64_t bytes_per_row = (op.head_dim + op.head_dim_v) * 2 + kernel->head_dim * 4;
-  p.schedule_heads = heads_in_cache(static_cast<int64_t>(op.seqlen_q) * (op.heads_q / op.heads_k) * bytes_per_row,
-                                    static_cast<int64_t>(op.batch) * op.heads_k, 1);
+  const int64_t bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q * (op.heads_q / op.heads_k);
+  p.schedule_heads = heads_in_cache(bytes, static_cast<int64_t>(op.batch) * op.heads_k, 1);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_column != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
   FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "backward kernels");

@@ -39,6 +39,11 @@ __device__ __forceinline__ void bring_end(uint32_t shared_base, RowRings<Backwar
 }
 
 // One warp: Q, dO and their rows' lse and delta for all steps of a column tile.
+//
+// Above 128 dims, where a step needs the most bytes, and with more rows than the L2 cache holds (row_front): a column
+// tile begins at a row tile that another is at, so that those which run together share rows in the cache. If all began
+// with the first, fast multiprocessors would get further ahead of slow ones with every column tile, until each read its
+// own rows from DRAM.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_rows(const KernelParams& p, const BackwardMaps& maps, const BackwardBlock& block,
                                            uint32_t shared_base, RowRings<BackwardConfig<kHeadDim>>* rings) {
@@ -49,7 +54,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
   const bool leader = threadIdx.x % 32 == 0;
   Ring<Config::kQStages>& q_ring = rings->q;
   Ring<Config::kDoStages>& do_ring = rings->dout;
-  for_each_tile<Config>(p, block, [&](int head, int tile, bool partial) {
+  const auto bring = [&](int head, int tile, bool partial) {
     const uint32_t base = opaque(shared_base);
     const BackwardBarriers<kHeadDim> barriers{base};
     const int row = tile * Config::kRows;
@@ -81,7 +86,20 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     __syncwarp();
     q_ring.advance();
     do_ring.advance();
-  });
+  };
+  if constexpr (Config::kWide) {
+    const bool follows = p.row_front != nullptr && p.lists.by_column == nullptr;
+    const auto front = [&](int head) { return p.row_front + block.batch_head(p.op, head); };
+    for_each_tile<Config>(
+        p, block,
+        [&](int head, int tile, bool partial) {
+          if (follows && leader) *front(head) = tile;
+          bring(head, tile, partial);
+        },
+        [&](int head) { return follows ? __shfl_sync(kAllLanes, *front(head), 0) : 0; });
+  } else {
+    for_each_tile<Config>(p, block, bring);
+  }
 }
 
 // All column tiles of a persistent block, and their tickets: each is taken when the rows of the column tile before have

@@ -4,6 +4,8 @@
 // through slots in shared memory; consumers only see steps.
 #pragma once
 
+#include <type_traits>
+
 #include "../cuda/element.cuh"
 #include "../cuda/tile_lists.cuh"
 #include "backward_access.cuh"
@@ -67,10 +69,14 @@ struct BackwardBlock {
   }
 };
 
-// Calls visit(head, row tile, partial) for all that the block has to do, in order. For whole warps; every warp that
-// calls it sees the same sequence.
-template <typename Config, typename Visit>
-__device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit) {
+struct FromFirstTile {};
+
+// Calls visit(head, row tile, partial) for all that the block has to do: the row tiles of a head in ascending order,
+// or, where start(head) says with which to begin, from there on and around. For whole warps; every warp that calls it
+// without a start sees the same sequence.
+template <typename Config, typename Visit, typename Start = FromFirstTile>
+__device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit,
+                                              const Start& start = {}) {
   for (int head = block.first_head; head < block.end_head; ++head) {
     const int64_t mask_index = block.mask_index(p.op, head);
     const auto words = [&](int index) {
@@ -79,9 +85,26 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
       }
       return p.lists.by_column[(mask_index * p.lists.column_tiles + block.column_tile) * p.lists.row_words + index];
     };
-    TileWalker<decltype(words)> walker(words, p.lists.row_words);
     bool partial;
-    for (int tile = walker.next(&partial); tile >= 0; tile = walker.next(&partial)) visit(head, tile, partial);
+    if constexpr (std::is_same_v<Start, FromFirstTile>) {
+      TileWalker<decltype(words)> walker(words, p.lists.row_words);
+      for (int tile = walker.next(&partial); tile >= 0; tile = walker.next(&partial)) visit(head, tile, partial);
+    } else {
+      // The word of the first tile comes twice, for its upper bits and, last, for its lower ones.
+      const int first = start(head), row_words = p.lists.row_words;
+      const auto around = [&](int index) {
+        const int number = first / 32 + index;
+        TileWord word = words(number < row_words ? number : number - row_words);
+        if (index == 0) word.active &= ~low_bits(first % 32);
+        if (index == row_words) word.active &= low_bits(first % 32);
+        return word;
+      };
+      TileWalker<decltype(around)> walker(around, row_words + 1);
+      for (int found = walker.next(&partial); found >= 0; found = walker.next(&partial)) {
+        const int tile = found + first / 32 * 32;
+        visit(head, tile < row_words * 32 ? tile : tile - row_words * 32, partial);
+      }
+    }
   }
 }
 
