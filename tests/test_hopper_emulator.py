@@ -79,6 +79,17 @@ def test_results_do_not_depend_on_the_schedule(
                 np.testing.assert_array_equal(array, first[name], f"{name} of {number} under schedule {schedule}")
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_groups_of_heads(head_dim: int, libraries: Libraries) -> None:
+    """Rows of some are prepared and finished between the column tiles of others; the last group is smaller."""
+    library = libraries("backward", head_dim)
+    for number, s_q in enumerate((40, 300, 520)):
+        shape: dict[str, Any] = {"b": 2, "s_q": s_q, "s_k": 150, "h_q": 10, "h_k": 5, "h_m": 1}
+        case = dense_case(head_dim, number, **shape, deterministic=number == 1, blocks=3)
+        errors = case.errors(case.run(library))
+        assert max(errors.values()) < LIMIT, (case, errors)
+
+
 def test_skipped_tiles_change_no_bit(libraries: Libraries) -> None:
     library = libraries("forward", 128)
     for number in range(6):
@@ -129,7 +140,7 @@ def fault_cases() -> Callable[[int], list[Problem]]:
             # Few steps for each of many column tiles: what is brought ahead of them is in time only if waited for.
             few: dict[str, Any] = {"s_q": 40, "s_k": 600, "h_k": 1, "blocks": 1, "causal": False}
             made[head_dim].append(dense_case(head_dim, 0, **few, h_q=1, h_m=1, n=0))
-            made[head_dim] += [dense_case(head_dim, number, **few, h_q=4, h_m=4, n=4) for number in range(20)]
+            made[head_dim] += [dense_case(head_dim, number, **few, h_q=8, h_m=8, n=4) for number in range(20)]
         return made[head_dim]
 
     return get
@@ -160,6 +171,17 @@ def test_turns_are_waited_for(barrier: int, libraries: Libraries) -> None:
     """Above 128 dims: that the turn has come, and that the turn before it was used, for both halves of the dims."""
     cases = (dense_case(256, number, deterministic=True, blocks=3) for number in range(15))
     assert any(is_noticed(case, libraries("backward", 256), (emulated.BARRIER_WAIT, barrier)) for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "count"),
+    [(64, 8), (64, 4), (128, 16), (128, 4)],  # of prepared rows: by 8 warps for every item; of column tiles: by 2 warps
+)
+def test_rows_are_waited_for(head_dim: int, count: int, libraries: Libraries) -> None:
+    """Up to 128 dims: that they are prepared, and that all column tiles have added to them."""
+    cases = (dense_case(head_dim, number, s_k=200, blocks=1 + number % 3) for number in range(9))
+    library = libraries("backward", head_dim)
+    assert any(is_noticed(case, library, (emulated.COUNT_WAIT, count)) for case in cases)
 
 
 @pytest.mark.parametrize(

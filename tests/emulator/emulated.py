@@ -14,7 +14,7 @@ import reference
 from paddle_flashmask import _core, masks
 
 # Fault of machine.h.
-NO_FAULT, BARRIER_WAIT, NAMED_BARRIER, PROXY_FENCE, STORE_WAIT, WGMMA_WAIT, WGMMA_BEGIN, ARRIVAL = range(8)
+NO_FAULT, BARRIER_WAIT, NAMED_BARRIER, PROXY_FENCE, STORE_WAIT, WGMMA_WAIT, WGMMA_BEGIN, ARRIVAL, COUNT_WAIT = range(9)
 
 
 class EmulatedError(RuntimeError):

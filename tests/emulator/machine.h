@@ -24,6 +24,7 @@ enum class Fault : int {
   kWgmmaWait = 5,     // wgmma_wait leaves one group more unfinished
   kWgmmaBegin = 6,    // wgmma_begin does nothing
   kArrival = 7,       // arrivals at this mbarrier get lost
+  kCountWait = 8,     // waits for a counter in global memory to reach this value return at once
 };
 
 struct Options {

@@ -199,6 +199,7 @@ std::vector<Thread*> waiting_for_counters;
 void forget_counters() { waiting_for_counters.clear(); }
 
 void wait_for_count(const int32_t* counter, int32_t value) {
+  if (options.fault == Fault::kCountWait && options.fault_index == value) return;
   while (*counter < value) {
     waiting_for_counters.push_back(current);
     current->counter = counter;

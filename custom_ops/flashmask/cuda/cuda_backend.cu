@@ -134,8 +134,11 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->dq_accumulator = workspace.take<float>(rows * head_dim);
   p->query_lse = workspace.take<float>(rows);
   p->query_delta = workspace.take<float>(rows);
-  p->work_counter = workspace.take<int32_t>(1);
-  int32_t* row_front = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q);
+  const int64_t heads_q = static_cast<int64_t>(op.batch) * op.heads_q;
+  p->work_counter = workspace.take<int32_t>(1 + heads_q + static_cast<int64_t>(op.batch) * op.heads_k);
+  p->prepared = p->work_counter + 1;
+  p->finished = p->prepared + heads_q;
+  int32_t* row_front = workspace.take<int32_t>(heads_q);
   if (!op.deterministic && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) p->row_front = row_front;
   if (op.deterministic) {
     p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles * 2 + 1);

@@ -49,6 +49,8 @@ struct BackwardConfig<256> : WideBackwardShape<2> {};
 
 // Of the persistent kernel: intervals of a column tile's keys, and tickets that its warps are to work on.
 constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
+// Row tiles that are prepared or finished at a time: 128 KiB to read and as much to write, or half of that.
+constexpr int kRowTilesPerItem = 4;
 
 template <int kHeadDim>
 struct BackwardLayout {
@@ -79,21 +81,23 @@ struct BackwardLayout {
   static constexpr int kBoundsBytes = Config::kColumns * 16;
   static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
   static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
-  static constexpr int kBarriers = kWork + kWorkSlots * 16;
+  static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // two, of the warp that takes tickets
+  static constexpr int kBarriers = kItems + 2 * 16;
   static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
                                        3 * Config::kConsumers + 3 + 2 * (kBoundsBuffers + kWorkSlots);
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
   static_assert(kBytes <= 227 * 1024);
 };
 
-// What the producer tells the consumers of a stage.
+// What the producer tells the consumers of a stage. A row item (backward_row_items.cuh) is told with its first row
+// tile.
 struct Step {
-  static constexpr int kEndOfTile = -1, kEndOfWork = -2;
+  static constexpr int kEndOfTile = -1, kEndOfWork = -2, kPrepareRows = -3, kFinishRows = -4;
 
   int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or one of the above
-  int32_t mask;  // index of its mask: batch * heads_mask + mask head
+  int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile
   int32_t batch_head;
-  int32_t bounds;  // persistent kernel: which of the column tile's masks, from 0; at its end the last
+  int32_t bounds;  // persistent kernel: which of the column tile's masks, from 0; at its end the last; or row tiles
 };
 
 // The barriers of a block. Arrivals count warps of consumers, or one thread of a producer.

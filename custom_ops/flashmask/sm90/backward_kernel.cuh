@@ -1,5 +1,6 @@
 // Backward for Hopper: column tiles of one key head, over the query heads of its group and their active row tiles. Up
-// to 128 dims persistent blocks take one after the other, above there is a block for each.
+// to 128 dims persistent blocks take one after the other, and prepare and finish rows in between; above there is a
+// block for each, and rows have kernels of their own.
 //
 // A producer warpgroup moves tiles by TMA, two consumer warpgroups compute. Scores are computed transposed,
 // S^T = K Q^T: keys are then on the M axis of the accumulators, so P^T and dS^T become register operands of
@@ -7,6 +8,8 @@
 // by additions in float32. With query heads of a group taken one after the other, dK and dV of grouped heads need
 // neither atomics nor extra memory.
 #pragma once
+
+#include <algorithm>
 
 #include "../cuda/launch.h"
 #include "../cuda/launch_kernel.cuh"
@@ -22,6 +25,8 @@
 #include "tensor_map.h"
 
 namespace flashmask::sm90 {
+
+constexpr int kMostGroupsBehind = 8;  // that rows are finished
 
 // All of a block above 128 dims: one column tile.
 template <typename T, int kHeadDim, bool kDeterministic>
@@ -79,6 +84,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     BackwardBarriers<kHeadDim>{base}.init();
   } else if (threadIdx.x == 32) {
     for (const CUtensorMap* map : {&maps.k, &maps.v, &maps.q, &maps.dout}) prefetch_map(*map);
+    if constexpr (!Config::kWide) prefetch_map(maps.out);
   }
   __syncthreads();
 
@@ -122,40 +128,65 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
   make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 64, kPanelK);
   make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
   if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
-    maps->q = maps->dout = maps->k;
+    maps->q = maps->dout = maps->out = maps->k;
   } else {
     make(&maps->q, op.q, op.seqlen_q, op.heads_q, op.head_dim, Config::kRows, kPanelQ);
     make(&maps->dout, op.dout, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
+    make(&maps->out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
   }
   return status;
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
+cudaError_t launch_backward_kernel(const KernelParams& p, int blocks, cudaStream_t stream) {
   using Layout = BackwardLayout<kHeadDim>;
-  int blocks = p.column_works;
-  if (blocks == 0) return cudaSuccess;
   BackwardMaps maps;
-  cudaError_t status = make_backward_maps<kHeadDim>(p.op, &maps);
-  if (status == cudaSuccess && !Layout::Config::kWide) status = limit_to_multiprocessors(&blocks);
+  const cudaError_t status = make_backward_maps<kHeadDim>(p.op, &maps);
   if (status != cudaSuccess) return status;
   const auto kernel = p.turns != nullptr ? backward_kernel<T, kHeadDim, true> : backward_kernel<T, kHeadDim, false>;
   return launch_kernel(kernel, blocks, Layout::Config::kThreads, Layout::kBytes, stream, p, maps);
 }
 
+// The persistent kernel, which does all of it.
+template <typename T, int kHeadDim>
+cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
+  const int heads_k = p.op.batch * p.op.heads_k, heads_q = p.op.batch * p.op.heads_q;
+  p.row_items = (p.lists.row_tiles + kRowTilesPerItem - 1) / kRowTilesPerItem;
+  p.key_head_row_items = p.op.heads_q / p.op.heads_k * p.row_items;
+  int blocks = p.column_works + 2 * heads_q * p.row_items;
+  cudaError_t status = limit_to_multiprocessors(&blocks);
+  if (status != cudaSuccess) return status;
+  // When a group's rows are to be finished, its last and heaviest column tiles should be done, or blocks wait for them.
+  // So there are column tiles of later groups in between, 1.25 for each block.
+  const int group_tiles = p.schedule_heads * p.lists.column_tiles;
+  p.groups_behind = std::min(kMostGroupsBehind, 1 + (blocks + blocks / 4 + group_tiles - 1) / group_tiles);
+  status = cudaMemsetAsync(p.work_counter, 0, (1 + static_cast<size_t>(heads_q) + heads_k) * sizeof(int32_t), stream);
+  if (status != cudaSuccess) return status;
+  return launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
+}
+
+// Column tiles as the grid, between kernels for rows.
+template <typename T, int kHeadDim>
+cudaError_t launch_with_row_kernels(const KernelParams& p, cudaStream_t stream) {
+  cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
+  if (status == cudaSuccess && p.column_works > 0) {
+    status = launch_backward_kernel<T, kHeadDim>(p, p.column_works, stream);
+  }
+  return status == cudaSuccess ? launch_finish_rows<T, kHeadDim>(p, stream) : status;
+}
+
 template <typename T, int kHeadDim>
 cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
-  cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
-  if (status != cudaSuccess) return status;
   if (p.turns != nullptr) {
     const size_t parts = BackwardConfig<kHeadDim>::kConsumers;
     const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
-    status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
+    const cudaError_t status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }
-  status = launch_backward_kernel<T, kHeadDim>(p, stream);
-  if (status != cudaSuccess) return status;
-  return launch_finish_rows<T, kHeadDim>(p, stream);
+  if constexpr (!BackwardConfig<kHeadDim>::kWide) {
+    if (p.column_works > 0) return launch_persistent<T, kHeadDim>(p, stream);  // else rows only: dQ is zero
+  }
+  return launch_with_row_kernels<T, kHeadDim>(p, stream);
 }
 
 }  // namespace flashmask::sm90

@@ -20,6 +20,7 @@
 #include "backward_access.cuh"
 #include "backward_epilogue.cuh"
 #include "backward_mask.cuh"
+#include "backward_row_items.cuh"
 #include "store_matrix.cuh"
 #include "wgmma.cuh"
 
@@ -277,13 +278,21 @@ struct BackwardConsumer {
     first_bounds = bounds + 1;
   }
 
-  // All column tiles of the block.
+  // All column tiles of the block, and its row items.
   __device__ __forceinline__ void run(const KernelParams& p) {
     if (consumer == 1) end_turn();  // so the other comes first
     while (true) {
       barriers.q_full(q.stage).wait(q.parity);
-      if (read_step(base + Layout::kSteps + q.stage * 16).tile == Step::kEndOfWork) break;
-      run_tile(p);
+      const Step step = read_step(base + Layout::kSteps + q.stage * 16);
+      const int what = uniform(step.tile);
+      if (what == Step::kEndOfWork) break;
+      if (what == Step::kPrepareRows) {
+        RowItem<T, kHeadDim>(p, base, step).prepare(&q, &dout);
+      } else if (what == Step::kFinishRows) {
+        RowItem<T, kHeadDim>(p, base, step).finish(&q, &dout);
+      } else {
+        run_tile(p);
+      }
     }
     if (consumer == 0) begin_turn();  // every end of a turn has met its beginning
   }

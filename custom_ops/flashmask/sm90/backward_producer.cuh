@@ -5,6 +5,7 @@
 #pragma once
 
 #include "backward_epilogue.cuh"
+#include "backward_row_items.cuh"
 #include "backward_turns.cuh"
 #include "backward_work.cuh"
 #include "global_memory.cuh"
@@ -102,18 +103,124 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
   }
 }
 
-// All column tiles of a persistent block, and their tickets: each is taken when the rows of the column tile before have
-// all been asked for, two or three steps ahead of the consumers.
+// For a whole warp: waits until the rows of the column tile's query heads are prepared.
+__device__ __forceinline__ void wait_for_rows(const KernelParams& p, const BackwardBlock& block) {
+  for (int head = block.first_head; head < block.end_head; head += 32) {
+    const int of_lane = min(head + static_cast<int>(threadIdx.x % 32), block.end_head - 1);
+    wait_for_count_warp(p.prepared + block.batch_head(p.op, of_lane), kPreparedCounts * p.row_items);
+  }
+  __syncwarp();
+  fence_async_proxy_global();
+}
+
+// For a whole warp: waits until all column tiles of the key head have added their dQ.
+__device__ __forceinline__ void wait_for_sums(const KernelParams& p, const WorkItem& item) {
+  const int batch_head = item.place.batch * p.op.heads_q + item.place.head_k;
+  const int head_k = batch_head * p.row_items / p.key_head_row_items;  // over all batches
+  wait_for_count_warp(p.finished + head_k, kFinishedCounts * p.lists.column_tiles);
+  __syncwarp();
+  fence_async_proxy_global();
+}
+
+__device__ __forceinline__ int row_tiles_of(const KernelParams& p, int row_item) {
+  return min(kRowTilesPerItem, p.lists.row_tiles - row_item * kRowTilesPerItem);
+}
+
+// One warp: row tile `number` of a row item.
+template <int kHeadDim>
+__device__ __forceinline__ void bring_row_tile(const KernelParams& p, const BackwardMaps& maps, const WorkItem& item,
+                                               int number, uint32_t shared_base,
+                                               RowRings<BackwardConfig<kHeadDim>>* rings) {
+  using Layout = BackwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  using QTile = typename Layout::QTile;
+  const bool leader = threadIdx.x % 32 == 0;
+  const int batch = item.place.batch, head = item.place.head_k, batch_head = batch * p.op.heads_q + head;
+  const int first = item.place.column_tile * kRowTilesPerItem, tile = first + number, row = tile * Config::kRows;
+  const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};
+  // Half of a row tile's sums has as many bytes as a tile of `out` or dO.
+  const auto load = [&](uint32_t place, const CUtensorMap& map, int part, Barrier barrier) {
+    barrier.arrive_expecting(QTile::kBytes);
+    if (item.kind == WorkItem::kPrepareRows) {
+#pragma unroll
+      for (int panel = 0; panel < QTile::kPanels; ++panel) {
+        load_box(place + panel * QTile::kPanelBytes, map, barrier.address, panel * QTile::kPanel, row, head, batch);
+      }
+    } else {
+      const float* sums = p.dq_accumulator + (static_cast<int64_t>(batch_head) * p.padded_rows + row) * kHeadDim;
+      load_bytes(place, sums + part * Layout::kDqPartFloats, QTile::kBytes, barrier.address);
+    }
+  };
+  barriers.q_empty(rings->q.stage).wait_warp(rings->q.parity ^ 1);
+  if (leader) {
+    if (number == 0) {
+      write_step(barriers.base + Layout::kSteps + rings->q.stage * 16,
+                 Step{item.kind == WorkItem::kPrepareRows ? Step::kPrepareRows : Step::kFinishRows, first, batch_head,
+                      row_tiles_of(p, item.place.column_tile)});
+    }
+    load(barriers.base + Layout::kQ + rings->q.stage * QTile::kBytes, maps.out, 0, barriers.q_full(rings->q.stage));
+  }
+  barriers.do_empty(rings->dout.stage).wait_warp(rings->dout.parity ^ 1);
+  if (leader) {
+    load(barriers.base + Layout::kDo + rings->dout.stage * QTile::kBytes, maps.dout, 1,
+         barriers.do_full(rings->dout.stage));
+  }
+  __syncwarp();
+  rings->q.advance();
+  rings->dout.advance();
+}
+
+// All work of a persistent block, and its tickets. Each is taken when the rows of the column tile before have all been
+// asked for, two or three steps ahead of the consumers, or the first rows of the row item before: so the keys of a
+// column tile that follows are on their way during the row item.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_all_rows(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
   RowRings<BackwardConfig<kHeadDim>> rings;
-  bool goes_on = tell_work<kHeadDim>(p, shared_base, 0);
-  for (uint32_t number = 0; goes_on; ++number) {
-    const auto block = [&] { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
-    bring_rows<kHeadDim>(p, maps, block(), shared_base, &rings);
-    goes_on = tell_work<kHeadDim>(p, shared_base, number + 1);
-    bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block().masks(p.op) - 1);
-  }
+  // The item at work and the one after it are kept in shared memory, as registers are few, and what else has to be
+  // remembered in one word: which of the two places is that of the item at work, the row tile of a row item, and how
+  // many column tiles were told.
+  constexpr uint32_t kRowTile = 2, kTold = 2 * kRowTilesPerItem * 2;
+  uint32_t state = 0;
+  const auto place = [&](uint32_t which) {
+    return opaque(shared_base) + BackwardLayout<kHeadDim>::kItems + (which & 1) * 16;
+  };
+  const auto item = [&] {
+    const uint4 words = load_shared_128(place(state));
+    return WorkItem{static_cast<WorkItem::Kind>(words.x),
+                    {static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)}};
+  };
+  const auto kind = [&] { return static_cast<WorkItem::Kind>(uniform(load_shared_32(place(state)))); };
+  const auto row_tile = [&] { return static_cast<int>(state / kRowTile) % (kTold / kRowTile); };
+  const auto block = [&] { return BackwardBlock(p, item().place); };
+
+  store_shared_32(place(state), WorkItem::kNothing);  // before the first
+  do {
+    if (kind() == WorkItem::kColumnTile) {
+      wait_for_rows(p, block());
+      bring_rows<kHeadDim>(p, maps, block(), shared_base, &rings);
+    } else if (kind() != WorkItem::kNothing) {
+      if (row_tile() == 0 && kind() == WorkItem::kFinishRows) wait_for_sums(p, item());
+      bring_row_tile<kHeadDim>(p, maps, item(), row_tile(), shared_base, &rings);
+    }
+    if (row_tile() == 0) {
+      int ticket = 0;
+      if (threadIdx.x % 32 == 0) ticket = atomicAdd(p.work_counter, 1);
+      const WorkItem next = work_item(p, __shfl_sync(kAllLanes, ticket, 0));
+      store_shared_128(place(state + 1),
+                       make_uint4(next.kind, next.place.batch, next.place.head_k, next.place.column_tile));
+      if (!next.is_rows()) {
+        tell_work<kHeadDim>(next.place, shared_base, state / kTold);
+        state += kTold;
+      }
+    }
+    if (kind() == WorkItem::kColumnTile) {
+      bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block().masks(p.op) - 1);
+    } else if (kind() != WorkItem::kNothing && row_tile() + 1 < row_tiles_of(p, item().place.column_tile)) {
+      state += kRowTile;
+      continue;
+    }
+    state = (state - row_tile() * kRowTile) ^ 1;
+  } while (kind() != WorkItem::kNothing);
   bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfWork, 0);
 }
 
@@ -219,6 +326,9 @@ __device__ __forceinline__ void take_all_away(const KernelParams& p, const Backw
                                    consumer * 64, block);
       finish_stores();
       barriers.dq_empty(consumer).arrive();
+      wait_stores<0>();
+      fence_async_proxy_global();
+      count_up(p.finished + block.batch * p.op.heads_k + block.head_k);
     }
     __syncwarp();
   }

@@ -1,5 +1,5 @@
 // What the backward pass does per query row: before (delta, lse, zeroed dQ; and the work counter) and after (dQ, which
-// has its scale already, to its storage type).
+// has its scale already, to its storage type). Above 128 dims, or where there are no keys; else backward_row_items.cuh.
 #pragma once
 
 #include "../cuda/element.cuh"

@@ -1,7 +1,8 @@
 // What a block of the backward kernels works on: column tiles of key heads, and their row tiles.
 //
-// Up to 128 dims the grid is persistent. One warp takes tickets until there are none and tells the other producer warps
-// through slots in shared memory; consumers only see steps.
+// Up to 128 dims the grid is persistent, and rows are prepared and finished as pieces of its work, too (row items). One
+// warp takes tickets until there are none and tells the other producer warps of column tiles through slots in shared
+// memory; consumers only see steps.
 #pragma once
 
 #include <type_traits>
@@ -14,9 +15,9 @@
 namespace flashmask::sm90 {
 
 struct BackwardMaps {
-  CUtensorMap q, dout;  // boxes of one row tile
-  CUtensorMap k;        // boxes of one column tile
-  CUtensorMap v;        // boxes of 64 keys, as dk and dv: one warpgroup's up to 128 dims
+  CUtensorMap q, dout, out;  // boxes of one row tile
+  CUtensorMap k;             // boxes of one column tile
+  CUtensorMap v;             // boxes of 64 keys, as dk and dv: one warpgroup's up to 128 dims
   CUtensorMap dk, dv;
 };
 
@@ -27,20 +28,94 @@ struct ColumnWork {
   int column_tile;
 };
 
+// Column tile number `rank` of a group of `group_heads` key heads from `first_head_k` (over all batches).
+//
 // Of equally many visits the heaviest come first: under a causal mask the first columns are seen by most rows. In the
-// deterministic mode column tiles take their turn on dQ in descending order, so they start in that order, and `ticket`
-// comes from a counter: whatever order the hardware starts blocks in, whoever is waited for has started. A persistent
+// deterministic mode column tiles take their turn on dQ in descending order, so they start in that order, and tickets
+// come from a counter: whatever order the hardware starts blocks in, whoever is waited for has started. A persistent
 // block works on its tickets in ascending order, so the lowest unfinished one never waits for ever.
+__device__ __forceinline__ ColumnWork column_of_group(const KernelParams& p, int first_head_k, int group_heads,
+                                                      int rank) {
+  const int tile = rank / group_heads, batch_head_k = first_head_k + rank - tile * group_heads;
+  const int batch = batch_head_k / static_cast<int>(opaque(p.op.heads_k));
+  return ColumnWork{batch, batch_head_k - batch * p.op.heads_k,
+                    p.turns != nullptr ? p.lists.column_tiles - 1 - tile : tile};
+}
+
+// Where all work is column tiles.
 __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
-  const FlashmaskParams& op = p.op;
   if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
-  const int column_tiles = p.lists.column_tiles;
-  const int group = ticket / (p.schedule_heads * column_tiles);
-  const int rank = ticket - group * (p.schedule_heads * column_tiles);
-  const int group_heads = min(p.schedule_heads, op.batch * op.heads_k - group * p.schedule_heads);
-  const int batch_head_k = group * p.schedule_heads + rank % group_heads;
-  const int tile = rank / group_heads, batch = batch_head_k / op.heads_k;
-  return ColumnWork{batch, batch_head_k - batch * op.heads_k, p.turns != nullptr ? column_tiles - 1 - tile : tile};
+  const int group = ticket / (p.schedule_heads * p.lists.column_tiles), first_head = group * p.schedule_heads;
+  const int group_heads = min(p.schedule_heads, p.op.batch * p.op.heads_k - first_head);
+  return column_of_group(p, first_head, group_heads, ticket - first_head * p.lists.column_tiles);
+}
+
+// A piece of a persistent block's work: a column tile, or rows to prepare or finish.
+struct WorkItem {
+  enum Kind { kNothing, kColumnTile, kPrepareRows, kFinishRows };
+  Kind kind;         // kNothing: no work is left
+  ColumnWork place;  // of rows: batch, query head, row item of that
+
+  __device__ __forceinline__ bool is_rows() const { return kind == kPrepareRows || kind == kFinishRows; }
+};
+
+// How many groups are prepared before the first column tile. With one, blocks wait for rows that others are at.
+constexpr int kGroupsAhead = 2;
+
+// Groups g of schedule_heads key heads are prepared (P), have their column tiles (C), and are finished (F). In the
+// order of tickets, where F comes two groups behind (groups_behind; launch_backward says how many it takes):
+//
+//   P(0) P(1) | C(0) P(2) | C(1) P(3) | C(2) F(0) P(4) | C(3) F(1) P(5) | ... | C(n-1) F(n-3) | F(n-2) | F(n-1)
+//
+// What is prepared, added to and finished is so in the L2 cache, if there is room for all groups in between.
+// A column tile waits for the rows of its query heads, and who finishes rows waits for all column tiles of their key
+// head: all lower tickets. A block works on its tickets in ascending order, and whatever has to be done for one (by any
+// of its warps) waits for nothing of a later one: so the lowest unfinished ticket always goes on, and nobody waits for
+// ever, whatever order blocks start in and however few run at once.
+__device__ __forceinline__ WorkItem work_item(const KernelParams& p, int ticket) {
+  const auto fresh = [](int value) { return static_cast<int>(opaque(value)); };  // few registers: nothing is kept
+  const int column_tiles = p.lists.column_tiles, group = fresh(p.schedule_heads), row_items = p.key_head_row_items;
+  const int heads = p.op.batch * p.op.heads_k;
+  // Key heads of group `number`, which need not exist.
+  const auto heads_of = [&](int number) { return number < 0 ? 0 : max(0, min(group, heads - number * group)); };
+
+  const int prepared_first = min(kGroupsAhead * group, heads) * row_items;
+  WorkItem::Kind kind = WorkItem::kPrepareRows;
+  int first_head = 0;
+  if (ticket >= prepared_first) {
+    ticket -= prepared_first;
+    // Rounds C(g) F(g - behind) P(g + ahead) of full groups are skipped at once. The first have no F, and so start
+    // later than one would count back from those that have.
+    const int without_finish = group * (column_tiles + row_items), finish = group * row_items;
+    const int full_rounds = max(0, (heads - 1) / group - kGroupsAhead);
+    int round =
+        min(min(ticket / without_finish, (ticket + p.groups_behind * finish) / (without_finish + finish)), full_rounds);
+    ticket -= round * without_finish + max(0, round - p.groups_behind) * finish;
+#pragma unroll 1
+    while (true) {
+      if ((round - p.groups_behind) * group >= heads) return {WorkItem::kNothing, {-1, 0, 0}};
+      int count = heads_of(round) * column_tiles;
+      first_head = round * group;
+      if (ticket < count) {
+        return {WorkItem::kColumnTile, column_of_group(p, first_head, heads_of(round), ticket)};
+      }
+      ticket -= count;
+      kind = WorkItem::kFinishRows;
+      count = heads_of(round - p.groups_behind) * row_items;
+      first_head = (round - p.groups_behind) * group;
+      if (ticket < count) break;
+      ticket -= count;
+      kind = WorkItem::kPrepareRows;
+      count = heads_of(round + kGroupsAhead) * row_items;
+      first_head = (round + kGroupsAhead) * group;
+      if (ticket < count) break;
+      ticket -= count;
+      ++round;
+    }
+  }
+  const int number = first_head * row_items + ticket, batch_head = number / fresh(p.row_items);
+  const int batch = batch_head / fresh(p.op.heads_q);
+  return {kind, {batch, batch_head - batch * p.op.heads_q, number - batch_head * p.row_items}};
 }
 
 // The same with what follows from it.
@@ -118,19 +193,14 @@ __device__ __forceinline__ ColumnWork read_work(uint32_t shared_base, uint32_t n
   return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z)};
 }
 
-// For whole warps. Piece `number` of the block's work is told through slot number % kWorkSlots. Takes the next ticket;
-// returns whether there is work.
+// For whole warps. The block's column tile `number`, or that there is none, is told through slot number % kWorkSlots.
 template <int kHeadDim>
-__device__ __forceinline__ bool tell_work(const KernelParams& p, uint32_t shared_base, uint32_t number) {
+__device__ __forceinline__ void tell_work(const ColumnWork& work, uint32_t shared_base, uint32_t number) {
   const BackwardBarriers<kHeadDim> barriers{shared_base};
-  int ticket = 0;
-  if (threadIdx.x % 32 == 0) ticket = atomicAdd(p.work_counter, 1);
-  const ColumnWork work = column_work(p, __shfl_sync(kAllLanes, ticket, 0));
   barriers.work_empty(number % kWorkSlots).wait_warp(number / kWorkSlots % 2 ^ 1);
   store_shared_128(work_slot<kHeadDim>(shared_base, number),
                    make_uint4(work.batch, work.head_k, work.column_tile, 0));  // all lanes the same: each can read it
   barriers.work_full(number % kWorkSlots).arrive_warp();
-  return work.batch >= 0;
 }
 
 // For whole warps, other than the one that tells: returns whether there is work. Until freed it can be read again.

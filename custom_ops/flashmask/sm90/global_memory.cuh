@@ -20,6 +20,16 @@ __device__ __forceinline__ void wait_for_count(const int32_t* counter, int32_t v
     } while (seen < value);
   }
 }
+// For a whole warp, which stays together: the compiler cannot know that of the other loop, and keeps what all lanes
+// share in more registers than a producer has then. Each lane may have a counter of its own.
+__device__ __forceinline__ void wait_for_count_warp(const int32_t* counter, int32_t value) {
+  while (__any_sync(0xFFFFFFFFu, read_count(counter) < value)) {
+    int32_t seen;
+    do {
+      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
+    } while (__any_sync(0xFFFFFFFFu, seen < value));
+  }
+}
 __device__ __forceinline__ void count_up(int32_t* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }

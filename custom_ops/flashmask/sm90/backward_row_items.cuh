@@ -1,0 +1,187 @@
+// What a persistent backward block does for query rows, as work between column tiles: before column tiles need them
+// (delta, lse, zeroed sums of dQ) and after the last one (dQ, which has its scale already, to its storage type).
+//
+// A row item is kRowTilesPerItem row tiles of one query head. Rows come through the stages of Q and dO like those of a
+// column tile, so the first are there when the consumers have time for them: `out` and dO to prepare, two halves of a
+// row tile's sums to finish (by the copy engine, which reads the L2 cache: no old copy in this multiprocessor's own).
+// Each consumer warpgroup does half of every row tile and waits for nothing of the other.
+#pragma once
+
+#include "../cuda/element.cuh"
+#include "backward_access.cuh"
+#include "global_memory.cuh"
+
+namespace flashmask::sm90 {
+
+// Who counts when a row item is prepared, and when a column tile has added its dQ.
+constexpr int kPreparedCounts = 2 * kWarpgroup / 32, kFinishedCounts = 2;
+
+template <typename T, int kHeadDim>
+struct RowItem {
+  using Layout = BackwardLayout<kHeadDim>;
+  using Config = typename Layout::Config;
+  using QTile = typename Layout::QTile;
+  static_assert(Config::kConsumers == 2 && QTile::kPanel == 64);
+
+  // What is opaque here is not computed before the first column tile and kept in registers that column tiles need.
+  const KernelParams& p;
+  uint32_t base;  // of the shared memory
+  int thread_in_block, consumer;
+  int batch_head, first_tile, tiles;
+
+  __device__ __forceinline__ RowItem(const KernelParams& p, uint32_t base, const Step& step)
+      : p(p),
+        base(opaque(base)),
+        thread_in_block(opaque(threadIdx.x)),
+        consumer(thread_in_block / kWarpgroup - 1),
+        batch_head(step.batch_head),
+        first_tile(step.mask),
+        tiles(step.bounds) {}
+  __device__ __forceinline__ int thread() const { return thread_in_block % kWarpgroup; }
+  __device__ __forceinline__ int lane() const { return thread_in_block % 32; }
+  __device__ __forceinline__ int warp() const { return thread_in_block / 32 % 4; }
+  __device__ __forceinline__ int64_t first_padded_row() const {
+    return static_cast<int64_t>(batch_head) * p.padded_rows;
+  }
+
+  // Calls use(row tile, place in the ring of Q, place in that of dO, free) when both places are full, and moves on in
+  // the rings. `use` calls free() when it has read them.
+  template <typename Use>
+  __device__ __forceinline__ void for_each_tile(Ring<Config::kQStages>* q, Ring<Config::kDoStages>* dout,
+                                                const Use& use) const {
+    const BackwardBarriers<kHeadDim> barriers{base};
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      barriers.q_full(q->stage).wait(q->parity);
+      barriers.do_full(dout->stage).wait(dout->parity);
+      use(first_tile + i, base + Layout::kQ + q->stage * QTile::kBytes,
+          base + Layout::kDo + dout->stage * QTile::kBytes, [&] {
+            barriers.q_empty(q->stage).arrive_warp();
+            barriers.do_empty(dout->stage).arrive_warp();
+          });
+      q->advance();
+      dout->advance();
+    }
+  }
+
+  __device__ __forceinline__ void prepare(Ring<Config::kQStages>* q, Ring<Config::kDoStages>* dout) const {
+    constexpr int kShare = Config::kRows / 2;  // rows of a row tile that are this warpgroup's
+    constexpr int kWarpRows = kShare / 4, kPassRows = 4, kPasses = kWarpRows / kPassRows;
+    constexpr int kLsePerThread = kRowTilesPerItem * kShare / kWarpgroup;
+    static_assert(kLsePerThread > 0 && kLsePerThread * kWarpgroup == kRowTilesPerItem * kShare);
+    const auto lse_row = [&](int i) {
+      const int index = i * kWarpgroup + thread();
+      return (first_tile + index / kShare) * Config::kRows + consumer * kShare + index % kShare;
+    };
+    float lse[kLsePerThread];
+#pragma unroll
+    for (int i = 0; i < kLsePerThread; ++i) {
+      lse[i] = -CUDART_INF_F;
+      if (lse_row(i) < p.op.seqlen_q) lse[i] = p.op.lse[static_cast<int64_t>(batch_head) * p.op.seqlen_q + lse_row(i)];
+    }
+    for_each_tile(q, dout, [&](int tile, uint32_t out_place, uint32_t dout_place, const auto& free) {
+      // Eight lanes a row: which of its dims a lane gets is all the same, so the swizzle is.
+      const int first_row = consumer * kShare + warp() * kWarpRows + lane() / 8;
+      const uint32_t offset = first_row * QTile::kRowBytes + lane() % 8 * 16;
+      uint4 left[kPasses][QTile::kPanels], right[kPasses][QTile::kPanels];
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+        for (int panel = 0; panel < QTile::kPanels; ++panel) {
+          const uint32_t place = offset + pass * kPassRows * QTile::kRowBytes + panel * QTile::kPanelBytes;
+          left[pass][panel] = load_shared_128(out_place + place);
+          right[pass][panel] = load_shared_128(dout_place + place);
+        }
+      }
+      free();
+      constexpr int kZeros = Config::kRows * kHeadDim / 2 / kWarpgroup / 4;  // of a thread, 16 bytes each
+      float4* zeroed =
+          reinterpret_cast<float4*>(p.dq_accumulator + (first_padded_row() + tile * Config::kRows) * kHeadDim) +
+          consumer * kZeros * kWarpgroup + thread();
+#pragma unroll
+      for (int i = 0; i < kZeros; ++i) zeroed[i * kWarpgroup] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        float delta = 0.0f;
+#pragma unroll
+        for (int panel = 0; panel < QTile::kPanels; ++panel) {
+          delta += product(left[pass][panel], right[pass][panel]);
+        }
+#pragma unroll
+        for (int distance = 4; distance > 0; distance /= 2) delta += __shfl_xor_sync(kAllLanes, delta, distance);
+        const int row = tile * Config::kRows + first_row + pass * kPassRows;
+        if (lane() % 8 == 0) p.query_delta[first_padded_row() + row_place(row)] = delta;
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kLsePerThread; ++i) {
+      if (lse_row(i) < (first_tile + tiles) * Config::kRows) {
+        // +inf turns every weight of a row that sees nothing, or is none, into an exact zero.
+        p.query_lse[first_padded_row() + row_place(lse_row(i))] =
+            lse[i] == -CUDART_INF_F ? CUDART_INF_F : lse[i] * CUDART_L2E_F;
+      }
+    }
+    fence_async_proxy_global();  // the copy engine reads all that, and adds to the zeros
+    __syncwarp();
+    if (lane() == 0) count_up(p.prepared + batch_head);
+  }
+
+  // A warpgroup has half of the dims or of the rows (as it computes dQ), in the order of accumulators. The fragments of
+  // four lanes become two 16-byte pieces.
+  __device__ __forceinline__ void finish(Ring<Config::kQStages>* q, Ring<Config::kDoStages>* dout) const {
+    constexpr int kChunks = Layout::kDqGroups / 4;  // a thread's pieces of each of two rows
+    static_assert(Layout::kDqPartFloats * 4 == QTile::kBytes);
+    const int heads_q = static_cast<int>(opaque(p.op.heads_q));
+    const int batch = batch_head / heads_q, head = batch_head - batch * heads_q;
+    const int g = lane() / 4, t = lane() % 4;
+    const int row_in_tile = (Config::kSplitsDims ? 0 : consumer * 64) + warp() * 16 + g;
+    const int first_dim = (Config::kSplitsDims ? consumer * (kHeadDim / 2) : 0) + t * 8;
+    for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
+      const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;
+      uint32_t upper[kChunks][4], lower[kChunks][4];
+#pragma unroll
+      for (int n = 0; n < kChunks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // each lane begins with another fragment: no bank conflicts
+          float c[4];
+          load_shared_float4(c, fragments + (n * 4 + t) * kWarpgroup * 16 + (t + i) % 4 * 16);
+          upper[n][i] = Half2<T>::pack(c[0], c[1]);
+          lower[n][i] = Half2<T>::pack(c[2], c[3]);
+        }
+      }
+      free();
+      const int row = tile * Config::kRows + row_in_tile;
+      T* dq = head_pointer<T>(p.op.dq, batch, head, row) + first_dim;
+#pragma unroll
+      for (int n = 0; n < kChunks; ++n) {
+        if (first_dim + n * 32 < p.op.head_dim) {
+          if (row < p.op.seqlen_q) *reinterpret_cast<uint4*>(dq + n * 32) = rotated(upper[n], t);
+          if (row + 8 < p.op.seqlen_q) {
+            *reinterpret_cast<uint4*>(dq + 8 * p.op.dq.seq_stride + n * 32) = rotated(lower[n], t);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  static __device__ __forceinline__ float product(const uint4& left, const uint4& right) {
+    const uint32_t a[4] = {left.x, left.y, left.z, left.w}, b[4] = {right.x, right.y, right.z, right.w};
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = Half2<T>::unpack(a[i]), y = Half2<T>::unpack(b[i]);
+      sum += x.x * y.x + x.y * y.y;
+    }
+    return sum;
+  }
+  // Word i of the result is words[(i - by) % 4].
+  static __device__ __forceinline__ uint4 rotated(const uint32_t (&words)[4], int by) {
+    const bool one = by & 1, two = by & 2;
+    const uint32_t a[4] = {one ? words[3] : words[0], one ? words[0] : words[1], one ? words[1] : words[2],
+                           one ? words[2] : words[3]};
+    return make_uint4(two ? a[2] : a[0], two ? a[3] : a[1], two ? a[0] : a[2], two ? a[1] : a[3]);
+  }
+};
+
+}  // namespace flashmask::sm90
