@@ -179,7 +179,7 @@ def test_turns_are_waited_for(barrier: int, libraries: Libraries) -> None:
 )
 def test_rows_are_waited_for(head_dim: int, count: int, libraries: Libraries) -> None:
     """Up to 128 dims: that they are prepared, and that all column tiles have added to them."""
-    cases = (dense_case(head_dim, number, s_k=200, blocks=1 + number % 3) for number in range(9))
+    cases = (dense_case(head_dim, number, s_k=200, blocks=2 + number % 2) for number in range(24))
     library = libraries("backward", head_dim)
     assert any(is_noticed(case, library, (emulated.COUNT_WAIT, count)) for case in cases)
 

@@ -135,8 +135,9 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->query_lse = workspace.take<float>(rows);
   p->query_delta = workspace.take<float>(rows);
   const int64_t heads_q = static_cast<int64_t>(op.batch) * op.heads_q;
-  p->work_counter = workspace.take<int32_t>(1 + heads_q + static_cast<int64_t>(op.batch) * op.heads_k);
-  p->prepared = p->work_counter + 1;
+  p->work_counter = workspace.take<int32_t>(2 + heads_q + static_cast<int64_t>(op.batch) * op.heads_k);
+  p->finish_counter = p->work_counter + 1;
+  p->prepared = p->work_counter + 2;
   p->finished = p->prepared + heads_q;
   int32_t* row_front = workspace.take<int32_t>(heads_q);
   if (!op.deterministic && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) p->row_front = row_front;

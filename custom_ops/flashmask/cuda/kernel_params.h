@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../flashmask.h"
+#include "work_order.h"
 
 namespace flashmask {
 
@@ -44,11 +45,12 @@ struct KernelParams {
   // Backward only. Rows are padded to whole tiles.
   int32_t column_works;  // column tiles of all key heads
   // Where rows are prepared and finished as work of the persistent kernel: pieces of that work of a query head, and of
-  // all query heads of a key head; and how many groups of schedule_heads after its column tiles a group is finished.
+  // all query heads of a key head; and how preparing them and column tiles follow each other.
   int32_t row_items;
   int32_t key_head_row_items;
-  int32_t groups_behind;
-  int32_t* prepared;  // [batch * heads_q]: counts of what is prepared, behind work_counter
+  WorkOrder order;
+  int32_t* finish_counter;  // how many pieces to finish were given to blocks, behind work_counter
+  int32_t* prepared;        // [batch * heads_q]: counts of what is prepared, behind that
   int32_t* finished;  // [batch * heads_k]: counts of column tiles that have added their dQ, behind that
   int32_t padded_rows;
   float* query_lse;    // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing

@@ -81,8 +81,9 @@ struct BackwardLayout {
   static constexpr int kBoundsBytes = Config::kColumns * 16;
   static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
   static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
-  static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // two, of the warp that takes tickets
-  static constexpr int kBarriers = kItems + 2 * 16;
+  // Of the warp that takes tickets: two items of work, and the rows that it is to finish.
+  static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;
+  static constexpr int kBarriers = kItems + 3 * 16;
   static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
                                        3 * Config::kConsumers + 3 + 2 * (kBoundsBuffers + kWorkSlots);
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;

@@ -9,8 +9,6 @@
 // neither atomics nor extra memory.
 #pragma once
 
-#include <algorithm>
-
 #include "../cuda/launch.h"
 #include "../cuda/launch_kernel.cuh"
 #include "../cuda/multiprocessors.h"
@@ -25,8 +23,6 @@
 #include "tensor_map.h"
 
 namespace flashmask::sm90 {
-
-constexpr int kMostGroupsBehind = 8;  // that rows are finished
 
 // All of a block above 128 dims: one column tile.
 template <typename T, int kHeadDim, bool kDeterministic>
@@ -94,7 +90,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   } else if (warp < kWarpgroup / 32) {
     shrink_registers<24>();
     if (warp == 0) {
-      bring_all_rows<kHeadDim>(p, maps, base);
+      WorkBringer<kHeadDim>{p, maps, base}.run();
     } else if (warp <= Config::kConsumers) {
       take_all_away<kHeadDim, kDeterministic>(p, maps, base, warp - 1);
     } else {
@@ -156,11 +152,12 @@ cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   int blocks = p.column_works + 2 * heads_q * p.row_items;
   cudaError_t status = limit_to_multiprocessors(&blocks);
   if (status != cudaSuccess) return status;
-  // When a group's rows are to be finished, its last and heaviest column tiles should be done, or blocks wait for them.
-  // So there are column tiles of later groups in between, 1.25 for each block.
-  const int group_tiles = p.schedule_heads * p.lists.column_tiles;
-  p.groups_behind = std::min(kMostGroupsBehind, 1 + (blocks + blocks / 4 + group_tiles - 1) / group_tiles);
-  status = cudaMemsetAsync(p.work_counter, 0, (1 + static_cast<size_t>(heads_q) + heads_k) * sizeof(int32_t), stream);
+  // Rows are prepared as long before their column tiles as every block takes for one of those: nobody waits for them, and
+  // they are in the L2 cache still, if there is room.
+  const int64_t spare = (static_cast<int64_t>(blocks) * p.key_head_row_items + p.lists.column_tiles - 1) /
+                        p.lists.column_tiles;
+  p.order = make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, p.schedule_heads, spare);
+  status = cudaMemsetAsync(p.work_counter, 0, (2 + static_cast<size_t>(heads_q) + heads_k) * sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
   return launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
 }

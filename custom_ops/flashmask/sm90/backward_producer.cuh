@@ -113,13 +113,16 @@ __device__ __forceinline__ void wait_for_rows(const KernelParams& p, const Backw
   fence_async_proxy_global();
 }
 
-// For a whole warp: waits until all column tiles of the key head have added their dQ.
-__device__ __forceinline__ void wait_for_sums(const KernelParams& p, const WorkItem& item) {
-  const int batch_head = item.place.batch * p.op.heads_q + item.place.head_k;
-  const int head_k = batch_head * p.row_items / p.key_head_row_items;  // over all batches
-  wait_for_count_warp(p.finished + head_k, kFinishedCounts * p.lists.column_tiles);
+// For a whole warp: whether all column tiles of the key head have added their dQ.
+__device__ __forceinline__ int32_t* finished_of(const KernelParams& p, int claim) {
+  return p.finished + claim / static_cast<int>(opaque(p.key_head_row_items));
+}
+__device__ __forceinline__ bool sums_are_there(const KernelParams& p, int claim) {
+  return !__any_sync(kAllLanes, read_count(finished_of(p, claim)) < kFinishedCounts * p.lists.column_tiles);
+}
+__device__ __forceinline__ void wait_for_sums(const KernelParams& p, int claim) {
+  wait_for_count_warp(finished_of(p, claim), kFinishedCounts * p.lists.column_tiles);
   __syncwarp();
-  fence_async_proxy_global();
 }
 
 __device__ __forceinline__ int row_tiles_of(const KernelParams& p, int row_item) {
@@ -170,59 +173,95 @@ __device__ __forceinline__ void bring_row_tile(const KernelParams& p, const Back
   rings->dout.advance();
 }
 
-// All work of a persistent block, and its tickets. Each is taken when the rows of the column tile before have all been
+// All work of a persistent block. What comes next is found out when the rows of the column tile before have all been
 // asked for, two or three steps ahead of the consumers, or the first rows of the row item before: so the keys of a
 // column tile that follows are on their way during the row item.
 template <int kHeadDim>
-__device__ __forceinline__ void bring_all_rows(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
-  RowRings<BackwardConfig<kHeadDim>> rings;
-  // The item at work and the one after it are kept in shared memory, as registers are few, and what else has to be
-  // remembered in one word: which of the two places is that of the item at work, the row tile of a row item, and how
-  // many column tiles were told.
-  constexpr uint32_t kRowTile = 2, kTold = 2 * kRowTilesPerItem * 2;
-  uint32_t state = 0;
-  const auto place = [&](uint32_t which) {
-    return opaque(shared_base) + BackwardLayout<kHeadDim>::kItems + (which & 1) * 16;
-  };
-  const auto item = [&] {
-    const uint4 words = load_shared_128(place(state));
-    return WorkItem{static_cast<WorkItem::Kind>(words.x),
-                    {static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)}};
-  };
-  const auto kind = [&] { return static_cast<WorkItem::Kind>(uniform(load_shared_32(place(state)))); };
-  const auto row_tile = [&] { return static_cast<int>(state / kRowTile) % (kTold / kRowTile); };
-  const auto block = [&] { return BackwardBlock(p, item().place); };
+struct WorkBringer {
+  using Layout = BackwardLayout<kHeadDim>;
 
-  store_shared_32(place(state), WorkItem::kNothing);  // before the first
-  do {
-    if (kind() == WorkItem::kColumnTile) {
-      wait_for_rows(p, block());
-      bring_rows<kHeadDim>(p, maps, block(), shared_base, &rings);
-    } else if (kind() != WorkItem::kNothing) {
-      if (row_tile() == 0 && kind() == WorkItem::kFinishRows) wait_for_sums(p, item());
-      bring_row_tile<kHeadDim>(p, maps, item(), row_tile(), shared_base, &rings);
+  const KernelParams& p;
+  const BackwardMaps& maps;
+  uint32_t shared_base;
+  RowRings<BackwardConfig<kHeadDim>> rings;
+  // The item at work, the one after it and the claim are kept in shared memory, as registers are few, and what else has
+  // to be remembered in one word: which of the two places is that of the item at work, whether there are tickets, the
+  // row tile of a row item, and how many column tiles were told.
+  static constexpr uint32_t kNoTickets = 2, kRowTile = 4, kTold = kRowTile * 2 * kRowTilesPerItem;
+  uint32_t state = 0;
+
+  __device__ __forceinline__ uint32_t place(uint32_t which) const {
+    return opaque(shared_base) + Layout::kItems + (which & 1) * 16;
+  }
+  __device__ __forceinline__ uint32_t claim_place() const { return opaque(shared_base) + Layout::kItems + 32; }
+  __device__ __forceinline__ WorkItem item() const {
+    const uint4 words = load_shared_128(place(state));
+    return {static_cast<WorkItem::Kind>(words.x),
+            {static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)}};
+  }
+  __device__ __forceinline__ WorkItem::Kind kind() const {
+    return static_cast<WorkItem::Kind>(uniform(load_shared_32(place(state))));
+  }
+  __device__ __forceinline__ int row_tile() const { return static_cast<int>(state / kRowTile) % (kTold / kRowTile); }
+  __device__ __forceinline__ BackwardBlock block() const { return BackwardBlock(p, item().place); }
+  __device__ __forceinline__ int claim() const { return uniform(load_shared_32(claim_place())); }
+
+  static __device__ __forceinline__ int count_on(int32_t* counter) {
+    int before = 0;
+    if (threadIdx.x % 32 == 0) before = atomicAdd(counter, 1);
+    return __shfl_sync(kAllLanes, before, 0);
+  }
+  __device__ __forceinline__ void take_claim() { store_shared_32(claim_place(), count_on(p.finish_counter)); }
+  __device__ __forceinline__ bool has_claim() const {
+    return claim() < p.op.batch * p.op.heads_q * static_cast<int>(opaque(p.row_items));
+  }
+  __device__ __forceinline__ void tell(const ColumnWork& work) {
+    tell_work<kHeadDim>(work, shared_base, state / kTold);
+    state += kTold;
+  }
+
+  // Puts what comes next beside the item at work.
+  __device__ __forceinline__ void find_next() {
+    WorkItem next{WorkItem::kNothing, {-1, 0, 0}};
+    const bool finishes =
+        !(state & kNoTickets) && kind() != WorkItem::kFinishRows && has_claim() && sums_are_there(p, claim());
+    if (!finishes && !(state & kNoTickets)) {
+      next = item_of_ticket(p, count_on(p.work_counter));
+      if (!next.is_rows()) tell(next.place);
+      if (next.kind == WorkItem::kNothing) state |= kNoTickets;
     }
-    if (row_tile() == 0) {
-      int ticket = 0;
-      if (threadIdx.x % 32 == 0) ticket = atomicAdd(p.work_counter, 1);
-      const WorkItem next = work_item(p, __shfl_sync(kAllLanes, ticket, 0));
-      store_shared_128(place(state + 1),
-                       make_uint4(next.kind, next.place.batch, next.place.head_k, next.place.column_tile));
-      if (!next.is_rows()) {
-        tell_work<kHeadDim>(next.place, shared_base, state / kTold);
-        state += kTold;
+    if (next.kind == WorkItem::kNothing && has_claim()) next = {WorkItem::kFinishRows, row_item_place(p, claim())};
+    store_shared_128(place(state + 1),
+                     make_uint4(next.kind, next.place.batch, next.place.head_k, next.place.column_tile));
+  }
+
+  __device__ __forceinline__ void run() {
+    take_claim();
+    store_shared_32(place(state), WorkItem::kNothing);  // before the first
+    do {
+      if (kind() == WorkItem::kColumnTile) {
+        wait_for_rows(p, block());
+        bring_rows<kHeadDim>(p, maps, block(), shared_base, &rings);
+      } else if (kind() != WorkItem::kNothing) {
+        if (row_tile() == 0 && kind() == WorkItem::kFinishRows) {
+          if (state & kNoTickets) wait_for_sums(p, claim());
+          fence_async_proxy_global();
+          take_claim();
+        }
+        bring_row_tile<kHeadDim>(p, maps, item(), row_tile(), shared_base, &rings);
       }
-    }
-    if (kind() == WorkItem::kColumnTile) {
-      bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block().masks(p.op) - 1);
-    } else if (kind() != WorkItem::kNothing && row_tile() + 1 < row_tiles_of(p, item().place.column_tile)) {
-      state += kRowTile;
-      continue;
-    }
-    state = (state - row_tile() * kRowTile) ^ 1;
-  } while (kind() != WorkItem::kNothing);
-  bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfWork, 0);
-}
+      if (row_tile() == 0) find_next();
+      if (kind() == WorkItem::kColumnTile) {
+        bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block().masks(p.op) - 1);
+      } else if (kind() != WorkItem::kNothing && row_tile() + 1 < row_tiles_of(p, item().place.column_tile)) {
+        state += kRowTile;
+        continue;
+      }
+      state = (state - row_tile() * kRowTile) ^ 1;
+    } while (kind() != WorkItem::kNothing);
+    bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfWork, 0);
+  }
+};
 
 // One warp per consumer warpgroup: adds its part of dQ to global memory, step by step.
 template <int kHeadDim, bool kDeterministic>

@@ -1,8 +1,8 @@
 // What a block of the backward kernels works on: column tiles of key heads, and their row tiles.
 //
 // Up to 128 dims the grid is persistent, and rows are prepared and finished as pieces of its work, too (row items). One
-// warp takes tickets until there are none and tells the other producer warps of column tiles through slots in shared
-// memory; consumers only see steps.
+// warp takes tickets until there are none, finishes rows in between, and tells the other producer warps of column tiles
+// through slots in shared memory; consumers only see steps.
 #pragma once
 
 #include <type_traits>
@@ -42,7 +42,7 @@ __device__ __forceinline__ ColumnWork column_of_group(const KernelParams& p, int
                     p.turns != nullptr ? p.lists.column_tiles - 1 - tile : tile};
 }
 
-// Where all work is column tiles.
+// Column tile number `ticket` of all.
 __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
   if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
   const int group = ticket / (p.schedule_heads * p.lists.column_tiles), first_head = group * p.schedule_heads;
@@ -59,63 +59,27 @@ struct WorkItem {
   __device__ __forceinline__ bool is_rows() const { return kind == kPrepareRows || kind == kFinishRows; }
 };
 
-// How many groups are prepared before the first column tile. With one, blocks wait for rows that others are at.
-constexpr int kGroupsAhead = 2;
-
-// Groups g of schedule_heads key heads are prepared (P), have their column tiles (C), and are finished (F). In the
-// order of tickets, where F comes two groups behind (groups_behind; launch_backward says how many it takes):
+// A persistent block takes tickets for column tiles and for rows to prepare, and works on them in ascending order. It
+// always has one row item to finish, too (a claim, in the order of heads), and does that between two tickets as soon as
+// all column tiles of the key head are done, and at the latest when there are no tickets any more; then it gets the
+// next one. Not after each other, while there are tickets: all blocks would move memory at the same time.
 //
-//   P(0) P(1) | C(0) P(2) | C(1) P(3) | C(2) F(0) P(4) | C(3) F(1) P(5) | ... | C(n-1) F(n-3) | F(n-2) | F(n-1)
-//
-// What is prepared, added to and finished is so in the L2 cache, if there is room for all groups in between.
-// A column tile waits for the rows of its query heads, and who finishes rows waits for all column tiles of their key
-// head: all lower tickets. A block works on its tickets in ascending order, and whatever has to be done for one (by any
-// of its warps) waits for nothing of a later one: so the lowest unfinished ticket always goes on, and nobody waits for
-// ever, whatever order blocks start in and however few run at once.
-__device__ __forceinline__ WorkItem work_item(const KernelParams& p, int ticket) {
+// Nobody waits for ever, whatever order blocks start in and however few run at once. Preparing rows waits for nothing,
+// and a column tile for the rows of its query heads, which have lower tickets (work_order.h). So the lowest
+// unfinished ticket always goes on: whatever has to be done for one, by any warp of its block, waits for nothing of a
+// later one, and a claim is waited for only by a block whose tickets are all done or only need its other warps. When
+// all tickets are done, so are all column tiles, and no claim waits.
+__device__ __forceinline__ ColumnWork row_item_place(const KernelParams& p, int number) {
   const auto fresh = [](int value) { return static_cast<int>(opaque(value)); };  // few registers: nothing is kept
-  const int column_tiles = p.lists.column_tiles, group = fresh(p.schedule_heads), row_items = p.key_head_row_items;
-  const int heads = p.op.batch * p.op.heads_k;
-  // Key heads of group `number`, which need not exist.
-  const auto heads_of = [&](int number) { return number < 0 ? 0 : max(0, min(group, heads - number * group)); };
+  const int batch_head = number / fresh(p.row_items), batch = batch_head / fresh(p.op.heads_q);
+  return {batch, batch_head - batch * p.op.heads_q, number - batch_head * p.row_items};
+}
 
-  const int prepared_first = min(kGroupsAhead * group, heads) * row_items;
-  WorkItem::Kind kind = WorkItem::kPrepareRows;
-  int first_head = 0;
-  if (ticket >= prepared_first) {
-    ticket -= prepared_first;
-    // Rounds C(g) F(g - behind) P(g + ahead) of full groups are skipped at once. The first have no F, and so start
-    // later than one would count back from those that have.
-    const int without_finish = group * (column_tiles + row_items), finish = group * row_items;
-    const int full_rounds = max(0, (heads - 1) / group - kGroupsAhead);
-    int round =
-        min(min(ticket / without_finish, (ticket + p.groups_behind * finish) / (without_finish + finish)), full_rounds);
-    ticket -= round * without_finish + max(0, round - p.groups_behind) * finish;
-#pragma unroll 1
-    while (true) {
-      if ((round - p.groups_behind) * group >= heads) return {WorkItem::kNothing, {-1, 0, 0}};
-      int count = heads_of(round) * column_tiles;
-      first_head = round * group;
-      if (ticket < count) {
-        return {WorkItem::kColumnTile, column_of_group(p, first_head, heads_of(round), ticket)};
-      }
-      ticket -= count;
-      kind = WorkItem::kFinishRows;
-      count = heads_of(round - p.groups_behind) * row_items;
-      first_head = (round - p.groups_behind) * group;
-      if (ticket < count) break;
-      ticket -= count;
-      kind = WorkItem::kPrepareRows;
-      count = heads_of(round + kGroupsAhead) * row_items;
-      first_head = (round + kGroupsAhead) * group;
-      if (ticket < count) break;
-      ticket -= count;
-      ++round;
-    }
-  }
-  const int number = first_head * row_items + ticket, batch_head = number / fresh(p.row_items);
-  const int batch = batch_head / fresh(p.op.heads_q);
-  return {kind, {batch, batch_head - batch * p.op.heads_q, number - batch_head * p.row_items}};
+__device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ticket) {
+  const OrderedWork work = in_order(p.order, ticket);
+  if (!work.is_column) return {WorkItem::kPrepareRows, row_item_place(p, work.number)};
+  const ColumnWork place = column_work(p, work.number);
+  return {place.batch < 0 ? WorkItem::kNothing : WorkItem::kColumnTile, place};
 }
 
 // The same with what follows from it.
