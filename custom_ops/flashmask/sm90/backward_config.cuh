@@ -49,8 +49,8 @@ struct BackwardConfig<256> : WideBackwardShape<2> {};
 
 // Of the persistent kernel: intervals of a column tile's keys, and tickets that its warps are to work on.
 constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
-// Row tiles that are prepared or finished at a time: 128 KiB to read and as much to write, or half of that.
-constexpr int kRowTilesPerItem = 4;
+// Row tiles that are prepared or finished at a time: 256 KiB to read and as much to write, or half of that.
+constexpr int kRowTilesPerItem = 8;
 
 template <int kHeadDim>
 struct BackwardLayout {
