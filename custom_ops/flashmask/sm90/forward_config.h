@@ -1,4 +1,4 @@
-// Tile choice and shared-memory layout of the forward kernel.
+// Tile choices and shared-memory layout of the forward kernel.
 #pragma once
 
 #include "panels.cuh"
@@ -7,16 +7,25 @@ namespace flashmask::sm90 {
 
 constexpr int kRowsPerWarpgroup = 64;
 
+// How the output leaves: through shared memory of its own, through the place of Q where there is no room for that (the
+// next Q then waits for it), or straight from registers to memory.
+enum class OutputBy { kOwnPlace, kPlaceOfQuery, kRegisters };
+// Where P V finds P.
+enum class WeightsIn { kRegisters, kShared };
+
 // kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V, kQStages for Q, kMaskStages for
-// element masks.
-template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_, bool kOutputInQuery_ = false>
+// element masks: none where nothing masks.
+template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_,
+          OutputBy kOutputBy_ = OutputBy::kOwnPlace, WeightsIn kWeightsIn_ = WeightsIn::kRegisters>
 struct ForwardShape {
   static constexpr int kConsumers = kConsumers_, kColumns = kColumns_;
   static constexpr int kStages = kStages_, kQStages = kQStages_, kMaskStages = kMaskStages_;
   static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // Out goes through the place of Q where there is no room for its own; the next Q then waits for it.
-  static constexpr bool kOutputInQuery = kOutputInQuery_;
+  static constexpr bool kMasks = kMaskStages > 0;
+  static constexpr OutputBy kOutputBy = kOutputBy_;
+  static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;
+  static constexpr bool kWeightsInShared = kWeightsIn_ == WeightsIn::kShared;
   // A block starts with 168 (128 with three consumers) registers a thread; what the producers give up, no more, goes to
   // the consumers: more would wait for ever.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -24,7 +33,7 @@ struct ForwardShape {
   static constexpr int kStartRegisters = kConsumers == 2 ? 168 : 128;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kStartRegisters);
   // A warp prepares the element masks of 64 columns.
-  static constexpr int kMaskWarps = kColumns / 64;
+  static constexpr int kMaskWarps = kMasks ? kColumns / 64 : 0;
   static constexpr int kWorkStages = 2;
   static constexpr int kOrderStages = 8;
 };
@@ -41,13 +50,30 @@ struct ForwardConfig<128> : ForwardShape<2, 128, 2, 2, 1> {};
 template <>
 struct ForwardConfig<192> : ForwardShape<2, 64, 2, 1, 2> {};
 template <>
-struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, true> {};
+struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, OutputBy::kPlaceOfQuery> {};
 
+// Where nothing masks, tiles may be wider than the lists' and the block mask's: what a tile costs whatever its width
+// then comes less often. Without a choice of its own, a head dim takes the one above.
 template <int kHeadDim>
+struct UnmaskedConfig {
+  static constexpr int kConsumers = 0;
+};
+template <>
+struct UnmaskedConfig<64> : ForwardShape<3, 192, 2, 2, 0, OutputBy::kRegisters, WeightsIn::kShared> {};
+template <>
+struct UnmaskedConfig<96> : ForwardShape<2, 176, 2, 2, 0, OutputBy::kRegisters> {};
+template <>
+struct UnmaskedConfig<128> : ForwardShape<2, 176, 2, 1, 0, OutputBy::kRegisters> {};
+template <int kHeadDim>
+constexpr bool kHasUnmasked = UnmaskedConfig<kHeadDim>::kConsumers > 0;
+
+template <int kHeadDim_, typename Config_>
 struct ForwardLayout {
-  using Config = ForwardConfig<kHeadDim>;
+  static constexpr int kHeadDim = kHeadDim_;
+  using Config = Config_;
   using QTile = Panels<Config::kRows, kHeadDim>;
   using KTile = Panels<Config::kColumns, kHeadDim>;
+  using PTile = Panels<Config::kRows, Config::kWeightsInShared ? Config::kColumns : 0>;
   // Element masks of one tile, as words of two columns x 16 rows: [rows / 16][lane % 4][columns / 8]. The padding puts
   // the four lanes of a quad into different banks.
   static constexpr int kMaskStride = Config::kColumns / 8 + 4;
@@ -56,15 +82,17 @@ struct ForwardLayout {
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kV = kK + Config::kStages * KTile::kBytes;
-  static constexpr int kOut = Config::kOutputInQuery ? kQ : kV + Config::kStages * KTile::kBytes;
-  static constexpr int kMask = kV + Config::kStages * KTile::kBytes + (Config::kOutputInQuery ? 0 : QTile::kBytes);
+  static constexpr int kP = kV + Config::kStages * KTile::kBytes;
+  static constexpr int kOut = Config::kOutputInQuery ? kQ : kP + PTile::kBytes;
+  static constexpr int kMask = kP + PTile::kBytes + (Config::kOutputBy == OutputBy::kOwnPlace ? QTile::kBytes : 0);
   static constexpr int kWork = kMask + Config::kMaskStages * kMaskBytes;
   static constexpr int kOrders = kWork + Config::kWorkStages * 16;
   static constexpr int kTileFlags = kOrders + Config::kOrderStages * 16;
-  // Barriers: 8 bytes each.
+  // Barriers: 8 bytes each. Every warpgroup has its own for its rows of Q.
+  static constexpr int kQBarriers = Config::kQStages * Config::kConsumers;
   static constexpr int kQFull = kTileFlags + (Config::kStages * 4 + 7) / 8 * 8;
-  static constexpr int kQEmpty = kQFull + Config::kQStages * 8;
-  static constexpr int kKFull = kQEmpty + Config::kQStages * 8;
+  static constexpr int kQEmpty = kQFull + kQBarriers * 8;
+  static constexpr int kKFull = kQEmpty + kQBarriers * 8;
   static constexpr int kKEmpty = kKFull + Config::kStages * 8;
   static constexpr int kVFull = kKEmpty + Config::kStages * 8;
   static constexpr int kVEmpty = kVFull + Config::kStages * 8;

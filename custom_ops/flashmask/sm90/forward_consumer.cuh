@@ -29,13 +29,14 @@ struct Turn {
   }
 };
 
-template <typename T, int kHeadDim>
+template <typename T, typename Layout>
 __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps& maps, uint32_t shared, int warpgroup,
                                         int thread) {
-  using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using QTile = typename Layout::QTile;
   using KTile = typename Layout::KTile;
+  using PTile = typename Layout::PTile;
+  constexpr int kHeadDim = Layout::kHeadDim;
   constexpr int kScoreGroups = Config::kColumns / 8, kSteps = Config::kColumns / 16;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
   const Turn<Config::kConsumers> turn{warpgroup};
@@ -49,28 +50,42 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
 
   float output[kHeadDim / 8][4];
   float scores[kScoreGroups][4];
-  uint32_t weights[kSteps][4];
-  uint32_t flags;  // of the tile that K holds next
-  bool open;       // whether that belongs to the row tile at work
+  uint32_t weights[kSteps][4];  // unless they go through shared memory
+  const uint32_t weights_corner = matrix_corner<PTile>(shared + Layout::kP, warp * 16, lane);
+  // Where nothing masks, a row tile has this many column tiles, and the last so many keys.
+  const int tiles = (p.op.seqlen_k + Config::kColumns - 1) / Config::kColumns;
+  const int last_keys = p.op.seqlen_k - (tiles - 1) * Config::kColumns;
+  int tile = 0;        // of these
+  uint32_t flags = 0;  // of the tile that K holds next
+  bool open;           // whether that belongs to the row tile at work
   OnlineSoftmax softmax;
 
   const auto wait_k = [&] {
     Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
-    flags = uniform(load_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4));
+    if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4));
   };
   // Whether these 64 rows see anything of it, or need element masks.
-  const auto is_seen = [&] { return (flags >> warpgroup & 1) != 0; };
+  const auto is_seen = [&] { return !Config::kMasks || (flags >> warpgroup & 1) != 0; };
   const auto is_partial = [&] { return (flags >> (kPartialShift + warpgroup) & 1) != 0; };
+  const auto q_barrier = [&](int barrier) {
+    return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8;
+  };
+  const auto release_q = [&] {
+    release(q_barrier(Layout::kQEmpty));
+    q_ring.advance();
+  };
   const auto release_k = [&] {
-    open = !(flags & kLast);
+    if (Config::kMasks) {
+      open = !(flags & kLast);
+    } else {
+      open = ++tile < tiles;
+      if (!open) tile = 0;
+    }
     release(Layout::kKEmpty + k_ring.stage * 8);
     k_ring.advance();
-    if (!open && !Config::kOutputInQuery) {
-      release(Layout::kQEmpty + q_ring.stage * 8);
-      q_ring.advance();
-    }
+    if (!open && !Config::kOutputInQuery) release_q();
   };
-  const auto wait_q = [&] { Barrier{shared + Layout::kQFull + q_ring.stage * 8}.wait_warp(q_ring.parity); };
+  const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
   const auto wait_v = [&] { Barrier{shared + Layout::kVFull + v_ring.stage * 8}.wait_warp(v_ring.parity); };
   const auto release_v = [&] {
     release(Layout::kVEmpty + v_ring.stage * 8);
@@ -78,10 +93,14 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   // Element masks are made for the rows of all warpgroups if any of them needs them.
   const auto take_mask = [&](bool apply) {
+    if constexpr (!Config::kMasks) {
+      if (!open && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
+      return;
+    }
     if (!(flags & kAnyPartial)) return;
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait_warp(mask_ring.parity);
     if (apply) {
-      apply_mask<kHeadDim>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
+      apply_mask<Layout>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
     }
     release(Layout::kMaskEmpty + mask_ring.stage * 8);
     mask_ring.advance();
@@ -100,12 +119,18 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   const auto issue_output = [&] {
     const uint64_t v = KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0);
-    fence_registers(weights);
+    if (!Config::kWeightsInShared) fence_registers(weights);
     fence_registers(output);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, Major::kMN>(output, weights[step], KTile::moved(v, KTile::row_distance(step * 16)), 1);
+      const uint64_t rows = KTile::moved(v, KTile::row_distance(step * 16));
+      if constexpr (Config::kWeightsInShared) {
+        const uint64_t w = PTile::along_columns(shared + Layout::kP, warpgroup * 64, 0);
+        wgmma<T, Major::kK, Major::kMN>(output, PTile::moved(w, PTile::column_distance(step * 16)), rows, 1);
+      } else {
+        wgmma<T, Major::kMN>(output, weights[step], rows, 1);
+      }
     }
     wgmma_commit();
   };
@@ -133,10 +158,18 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   const auto pack_weights = [&] {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
+    for (int step = 0; step < kSteps; ++step) {
+      pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
+      if (Config::kWeightsInShared) store_matrix(matrix_moved<PTile>(weights_corner, step * 16), weights[step]);
+    }
+    if (Config::kWeightsInShared) {
+      // A warp multiplies the 16 rows that it stored itself.
+      fence_async_proxy();
+      __syncwarp();
+    }
   };
 
-  const auto next_row_tile = [&] { return read_row_tile<kHeadDim>(shared, &row_tile_ring); };
+  const auto next_row_tile = [&] { return read_row_tile<Layout>(shared, &row_tile_ring); };
 
   RowTile work = next_row_tile(), next;
   while (work.row_tile >= 0) {
@@ -190,7 +223,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
         fence_registers(output);
         release_v();
         if (ends) {
-          write_output<T, kHeadDim>(p, maps.out, shared, work, output, finished, warpgroup, thread);
+          write_output<T, Layout>(p, maps.out, shared, work, output, finished, warpgroup, thread);
           clear(output);
           work = next;
           has_next = false;
@@ -205,11 +238,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       fence_registers(output);
       release_v();
     }
-    write_output<T, kHeadDim>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
-    if (Config::kOutputInQuery) {
-      release(Layout::kQEmpty + q_ring.stage * 8);
-      q_ring.advance();
-    }
+    write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
+    if (Config::kOutputInQuery) release_q();
     if (!has_next) next = next_row_tile();
     work = next;
   }

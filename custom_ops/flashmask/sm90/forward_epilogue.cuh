@@ -1,4 +1,5 @@
-// The end of a row tile: the output by its row sums, through shared memory and the copy engine; lse straight to memory.
+// The end of a row tile: the output by its row sums, through shared memory and the copy engine or, where no room is left
+// for that, straight to memory; lse straight to memory.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -13,11 +14,50 @@ namespace flashmask::sm90 {
 
 constexpr int kEpilogueBarrier = 5;  // named barriers: one for each consumer warpgroup
 
-template <typename T, int kHeadDim>
+// For lane t of a quad: the words [t] of its four lanes, in their order.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & step) continue;
+      const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? words[low] : words[low + step], step);
+      if (upper) {
+        words[low] = got;
+      } else {
+        words[low + step] = got;
+      }
+    }
+  }
+}
+
+// 64 rows of the output straight to memory: the four lanes of a row bring 64 bytes at a time.
+template <typename T, int kGroups>
+__device__ __forceinline__ void store_rows(const FlashmaskParams& op, const RowTile& work, int first_row,
+                                           const float (&output)[kGroups][4], int lane) {
+  static_assert(kGroups % 4 == 0);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int query = first_row + r * 8 + lane / 4;
+    T* const row = head_pointer<T>(op.out, work.batch, work.head, query) + lane % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < kGroups; n += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = Half2<T>::pack(output[n + i][r * 2], output[n + i][r * 2 + 1]);
+      transpose_quad(words, lane);
+      if (query < op.seqlen_q && (n + lane % 4) * 8 < op.head_dim_v) {
+        *reinterpret_cast<uint4*>(row + n * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}
+
+template <typename T, typename Layout>
 __device__ __forceinline__ void write_output(const KernelParams& p, const CUtensorMap& map, uint32_t shared,
-                                             const RowTile& work, float (&output)[kHeadDim / 8][4],
+                                             const RowTile& work, float (&output)[Layout::kHeadDim / 8][4],
                                              const OnlineSoftmax& softmax, int warpgroup, int thread) {
-  using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using Tile = typename Layout::QTile;
   const int lane = thread % 32;
@@ -39,11 +79,15 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const CUtens
   }
   rescale(output, inverse);
 
+  if constexpr (Config::kOutputBy == OutputBy::kRegisters) {
+    store_rows<T>(p.op, work, row_begin + row, output, lane);
+    return;
+  }
   // The last output of this warpgroup has left its place.
   if (thread == 0) wait_stores_read<0>();
   named_barrier_sync(kEpilogueBarrier + warpgroup, kWarpgroup);
 #pragma unroll
-  for (int n = 0; n < kHeadDim / 8; n += 2) {
+  for (int n = 0; n < Layout::kHeadDim / 8; n += 2) {
     uint32_t fragment[4];
     pack_operand<T>(fragment, output[n], output[n + 1]);
     store_matrix(shared + Layout::kOut + Tile::chunk_offset(row + lane % 16, n + lane / 16), fragment);

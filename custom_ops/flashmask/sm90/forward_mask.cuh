@@ -12,10 +12,9 @@ namespace flashmask::sm90 {
 
 // Lane `lane` of mask warp `warp` writes the words of two neighbouring columns: for 16 rows each, low half the even
 // column.
-template <int kHeadDim>
+template <typename Layout>
 __device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const int32_t* head_bounds,
                                            int row_begin, int column_begin, int warp, int lane) {
-  using Layout = ForwardLayout<kHeadDim>;
   constexpr int kRows = Layout::Config::kRows;
   const int pair = warp * 32 + lane;
   int32_t bounds[2][4] = {};
@@ -46,9 +45,8 @@ __device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams
 }
 
 // Puts -inf where the mask says so. `warp` counts the consumers' warps: 16 rows each.
-template <int kHeadDim, int kGroups>
+template <typename Layout, int kGroups>
 __device__ __forceinline__ void apply_mask(float (&scores)[kGroups][4], uint32_t place, int warp, int lane) {
-  using Layout = ForwardLayout<kHeadDim>;
   const uint32_t mine = place + (warp * 4 + lane % 4) * Layout::kMaskStride * 4;
 #pragma unroll
   for (int quarter = 0; quarter < kGroups / 4; ++quarter) {
@@ -64,6 +62,19 @@ __device__ __forceinline__ void apply_mask(float (&scores)[kGroups][4], uint32_t
       if (bits & 0x00010000u) score[1] = -CUDART_INF_F;
       if (bits & 0x00000100u) score[2] = -CUDART_INF_F;
       if (bits & 0x01000000u) score[3] = -CUDART_INF_F;
+    }
+  }
+}
+
+// Where nothing else masks: only the first `keys` columns of the tile exist.
+template <int kGroups>
+__device__ __forceinline__ void mask_behind(float (&scores)[kGroups][4], int keys, int lane) {
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) {
+    const int column = n * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column + i % 2 >= keys) scores[n][i] = -CUDART_INF_F;
     }
   }
 }

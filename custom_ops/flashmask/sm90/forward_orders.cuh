@@ -3,6 +3,8 @@
 // waited for. The loader and the mask warps read them.
 #pragma once
 
+#include <type_traits>
+
 #include "../cuda/tile_lists.cuh"
 #include "barrier.cuh"
 #include "forward_config.h"
@@ -88,10 +90,24 @@ struct OrderWalker {
   }
 };
 
-template <int kHeadDim>
+// The same where nothing masks: all of them, one after the other.
+template <int kColumns>
+struct EveryTile {
+  int count, reached = 0;
+
+  __device__ __forceinline__ EveryTile(const KernelParams& p, int64_t, int)
+      : count((p.op.seqlen_k + kColumns - 1) / kColumns) {}
+  __device__ __forceinline__ int next(uint32_t* flags) {
+    *flags = 0;
+    return reached < count ? reached++ : -1;
+  }
+};
+
+template <typename Layout>
 __device__ __forceinline__ void schedule(const KernelParams& p, uint32_t shared, int lane) {
-  using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
+  using Walker = std::conditional_t<Config::kMasks, OrderWalker<Config::kConsumers, Config::kColumns>,
+                                    EveryTile<Config::kColumns>>;
   Ring<Config::kOrderStages> ring;
   const auto push = [&](int column_tile, uint32_t flags, int row_tile, int batch_head) {
     Barrier{shared + Layout::kOrderEmpty + ring.stage * 8}.wait_warp(ring.parity ^ 1);
@@ -110,7 +126,7 @@ __device__ __forceinline__ void schedule(const KernelParams& p, uint32_t shared,
       push(0, kDone, 0, 0);
       return;
     }
-    OrderWalker<Config::kConsumers, Config::kColumns> walker(p, work.mask_index, work.row_tile);
+    Walker walker(p, work.mask_index, work.row_tile);
     uint32_t flags, next_flags = 0;
     int tile = walker.next(&flags);
     if (tile < 0) push(0, kFirst | kLast | kNothing, work.row_tile, work.batch_head);
@@ -125,9 +141,8 @@ __device__ __forceinline__ void schedule(const KernelParams& p, uint32_t shared,
 }
 
 // For a whole warp: the next order; its place is then free.
-template <int kHeadDim>
-__device__ __forceinline__ TileOrder read_order(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kOrderStages>* ring) {
-  using Layout = ForwardLayout<kHeadDim>;
+template <typename Layout>
+__device__ __forceinline__ TileOrder read_order(uint32_t shared, Ring<Layout::Config::kOrderStages>* ring) {
   Barrier{shared + Layout::kOrderFull + ring->stage * 8}.wait_warp(ring->parity);
   const uint4 words = load_shared_128(shared + Layout::kOrders + ring->stage * 16);
   Barrier{shared + Layout::kOrderEmpty + ring->stage * 8}.arrive_warp();

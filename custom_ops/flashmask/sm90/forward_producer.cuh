@@ -19,9 +19,8 @@ struct RowTile {
   int has_tiles;  // whether it sees any column tile
 };
 
-template <int kHeadDim>
+template <typename Layout>
 __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardMaps& maps, uint32_t shared, int lane) {
-  using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using QTile = typename Layout::QTile;
   using KTile = typename Layout::KTile;
@@ -62,8 +61,31 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
   };
 
   int batch = 0, head = 0, head_k = 0;
+  // Rows of Q come and go by warpgroups: where there is one place, the first gets its next rows while the second still
+  // reads.
+  const auto for_each_warpgroup_of_q = [&](const auto& fill) {
+#pragma unroll
+    for (int w = 0; w < Config::kConsumers; ++w) {
+      const int barrier = (q_ring.stage * Config::kConsumers + w) * 8;
+      Barrier{shared + Layout::kQEmpty + barrier}.wait_warp(q_ring.parity ^ 1);
+      if (lane == 0) fill(w, Barrier{shared + Layout::kQFull + barrier});
+    }
+    q_ring.advance();
+  };
+  const auto load_q = [&](int row_tile) {
+    for_each_warpgroup_of_q([&](int w, Barrier full) {
+      full.arrive_expecting(QTile::kBytes / Config::kConsumers);
+#pragma unroll
+      for (int panel = 0; panel < QTile::kPanels; ++panel) {
+        load_box(shared + Layout::kQ + q_ring.stage * QTile::kBytes + panel * QTile::kPanelBytes +
+                     w * kRowsPerWarpgroup * QTile::kRowBytes,
+                 maps.q, full.address, panel * QTile::kPanel, row_tile * Config::kRows + w * kRowsPerWarpgroup, head,
+                 batch);
+      }
+    });
+  };
   while (true) {
-    const TileOrder order = read_order<kHeadDim>(shared, &order_ring);
+    const TileOrder order = read_order<Layout>(shared, &order_ring);
     if (order.flags & kDone) {
       load_late_v();
       publish(-1, 0, 0, false);
@@ -73,26 +95,14 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
       batch = order.batch_head / p.op.heads_q;
       head = order.batch_head - batch * p.op.heads_q;
       head_k = head / (p.op.heads_q / p.op.heads_k);
-      // Where out goes through the place of Q, the row tile before has to end before the next Q can come.
-      if (Config::kOutputInQuery || (order.flags & kNothing)) load_late_v();
+      if (order.flags & kNothing) load_late_v();
       publish(order.row_tile, batch, head, !(order.flags & kNothing));
-      if ((order.flags & kNothing) && !Config::kOutputInQuery) continue;
-      const Barrier full{shared + Layout::kQFull + q_ring.stage * 8};
-      Barrier{shared + Layout::kQEmpty + q_ring.stage * 8}.wait_warp(q_ring.parity ^ 1);
-      if (order.flags & kNothing) {  // its output takes the place of Q all the same
-        if (lane == 0) full.arrive();
-        q_ring.advance();
+      if (order.flags & kNothing) {
+        // Its output takes the place of Q all the same.
+        if (Config::kOutputInQuery) for_each_warpgroup_of_q([](int, Barrier full) { full.arrive(); });
         continue;
       }
-      if (lane == 0) {
-        full.arrive_expecting(QTile::kBytes);
-#pragma unroll
-        for (int panel = 0; panel < QTile::kPanels; ++panel) {
-          load_box(shared + Layout::kQ + q_ring.stage * QTile::kBytes + panel * QTile::kPanelBytes, maps.q,
-                   full.address, panel * QTile::kPanel, order.row_tile * Config::kRows, head, batch);
-        }
-      }
-      q_ring.advance();
+      if (Config::kQStages > 1) load_q(order.row_tile);
     }
     Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait_warp(k_ring.parity ^ 1);
     if (lane == 0) {
@@ -102,27 +112,29 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
     }
     k_ring.advance();
     load_late_v();
+    // One place for Q is free only when the row tile before has its last scores, or is at its end; what that still needs
+    // comes first.
+    if (Config::kQStages == 1 && (order.flags & kFirst)) load_q(order.row_tile);
     late_tile = order.column_tile;
     late_head_k = head_k;
     late_batch = batch;
   }
 }
 
-template <int kHeadDim>
+template <typename Layout>
 __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t shared, int warp, int lane) {
-  using Layout = ForwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   Ring<Config::kOrderStages> order_ring;
   Ring<Config::kMaskStages> mask_ring;
   while (true) {
-    const TileOrder order = read_order<kHeadDim>(shared, &order_ring);
+    const TileOrder order = read_order<Layout>(shared, &order_ring);
     if (order.flags & kDone) return;
     if (!(order.flags & kAnyPartial)) continue;
     const int batch = order.batch_head / p.op.heads_q, head = order.batch_head - batch * p.op.heads_q;
     const int64_t mask_index =
         static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
     Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait_warp(mask_ring.parity ^ 1);
-    write_mask<kHeadDim>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op,
+    write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op,
                          p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, order.row_tile * Config::kRows,
                          order.column_tile * Config::kColumns, warp, lane);
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
@@ -131,9 +143,8 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
 }
 
 // For a whole warp of the consumers: the next row tile; its place is then free.
-template <int kHeadDim>
-__device__ __forceinline__ RowTile read_row_tile(uint32_t shared, Ring<ForwardConfig<kHeadDim>::kWorkStages>* ring) {
-  using Layout = ForwardLayout<kHeadDim>;
+template <typename Layout>
+__device__ __forceinline__ RowTile read_row_tile(uint32_t shared, Ring<Layout::Config::kWorkStages>* ring) {
   Barrier{shared + Layout::kWorkFull + ring->stage * 8}.wait_warp(ring->parity);
   const uint4 words = load_shared_128(shared + Layout::kWork + ring->stage * 16);
   Barrier{shared + Layout::kWorkEmpty + ring->stage * 8}.arrive_warp();

@@ -47,39 +47,39 @@ enum class Major : int { kK = 0, kMN = 1 };
 #define FLASHMASK_ACC_4(n) FLASHMASK_ACC_1(n), FLASHMASK_ACC_1(n + 1), FLASHMASK_ACC_1(n + 2), FLASHMASK_ACC_1(n + 3)
 #define FLASHMASK_ACC_8(n) FLASHMASK_ACC_4(n), FLASHMASK_ACC_4(n + 4)
 #define FLASHMASK_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define FLASHMASK_REGISTERS_64                                             \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FLASHMASK_REGISTERS_96                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define FLASHMASK_REGISTERS_128                                                      \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FLASHMASK_REGISTERS_192                                                      \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define FLASHMASK_REGISTERS_256                                                                  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FLASHMASK_REGISTERS_64 \
+  FLASHMASK_REGISTERS_32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FLASHMASK_REGISTERS_96 \
+  FLASHMASK_REGISTERS_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FLASHMASK_REGISTERS_128 \
+  FLASHMASK_REGISTERS_96 \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FLASHMASK_REGISTERS_144 \
+  FLASHMASK_REGISTERS_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define FLASHMASK_REGISTERS_160 \
+  FLASHMASK_REGISTERS_144 \
+  ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define FLASHMASK_REGISTERS_176 \
+  FLASHMASK_REGISTERS_160 \
+  ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define FLASHMASK_REGISTERS_192 \
+  FLASHMASK_REGISTERS_176 \
+  ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define FLASHMASK_REGISTERS_256 \
+  FLASHMASK_REGISTERS_192 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define FLASHMASK_COUNT_32 FLASHMASK_ACC_4(0)
 #define FLASHMASK_COUNT_64 FLASHMASK_ACC_8(0)
 #define FLASHMASK_COUNT_96 FLASHMASK_ACC_8(0), FLASHMASK_ACC_4(8)
 #define FLASHMASK_COUNT_128 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8)
+#define FLASHMASK_COUNT_144 FLASHMASK_COUNT_128, FLASHMASK_ACC_1(16), FLASHMASK_ACC_1(17)
+#define FLASHMASK_COUNT_160 FLASHMASK_COUNT_128, FLASHMASK_ACC_4(16)
+#define FLASHMASK_COUNT_176 FLASHMASK_COUNT_160, FLASHMASK_ACC_1(20), FLASHMASK_ACC_1(21)
 #define FLASHMASK_COUNT_192 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8), FLASHMASK_ACC_8(16)
 #define FLASHMASK_COUNT_256 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8), FLASHMASK_ACC_8(16), FLASHMASK_ACC_8(24)
 
@@ -130,6 +130,24 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], uint64_t a_descrip
       FLASHMASK_WGMMA_SHARED(128, "bf16", "64", "65", "66", "67", "68");
     } else {
       FLASHMASK_WGMMA_SHARED(128, "f16", "64", "65", "66", "67", "68");
+    }
+  } else if constexpr (kN == 144) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_SHARED(144, "bf16", "72", "73", "74", "75", "76");
+    } else {
+      FLASHMASK_WGMMA_SHARED(144, "f16", "72", "73", "74", "75", "76");
+    }
+  } else if constexpr (kN == 160) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_SHARED(160, "bf16", "80", "81", "82", "83", "84");
+    } else {
+      FLASHMASK_WGMMA_SHARED(160, "f16", "80", "81", "82", "83", "84");
+    }
+  } else if constexpr (kN == 176) {
+    if constexpr (kBf16) {
+      FLASHMASK_WGMMA_SHARED(176, "bf16", "88", "89", "90", "91", "92");
+    } else {
+      FLASHMASK_WGMMA_SHARED(176, "f16", "88", "89", "90", "91", "92");
     }
   } else if constexpr (kN == 192) {
     if constexpr (kBf16) {
@@ -204,6 +222,12 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], const uint32_t (&a
 #undef FLASHMASK_COUNT_96
 #undef FLASHMASK_REGISTERS_128
 #undef FLASHMASK_COUNT_128
+#undef FLASHMASK_REGISTERS_144
+#undef FLASHMASK_COUNT_144
+#undef FLASHMASK_REGISTERS_160
+#undef FLASHMASK_COUNT_160
+#undef FLASHMASK_REGISTERS_176
+#undef FLASHMASK_COUNT_176
 #undef FLASHMASK_REGISTERS_192
 #undef FLASHMASK_COUNT_192
 #undef FLASHMASK_REGISTERS_256
