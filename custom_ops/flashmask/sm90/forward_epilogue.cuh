@@ -6,6 +6,7 @@
 #include "barrier.cuh"
 #include "forward_config.h"
 #include "forward_producer.cuh"
+#include "global_memory.cuh"
 #include "softmax.cuh"
 #include "store_matrix.cuh"
 #include "tma.cuh"
@@ -48,7 +49,7 @@ __device__ __forceinline__ void store_rows(const FlashmaskParams& op, const RowT
       for (int i = 0; i < 4; ++i) words[i] = Half2<T>::pack(output[n + i][r * 2], output[n + i][r * 2 + 1]);
       transpose_quad(words, lane);
       if (query < op.seqlen_q && (n + lane % 4) * 8 < op.head_dim_v) {
-        *reinterpret_cast<uint4*>(row + n * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+        store_global_128(row + n * 8, words);
       }
     }
   }

@@ -1,4 +1,4 @@
-// Global memory that blocks share: counters and sums.
+// Global memory: what blocks share (counters and sums), and wide stores.
 #pragma once
 
 #include <stdint.h>
@@ -41,6 +41,13 @@ __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence
 __device__ __forceinline__ void add_fragment(float* place, const float (&c)[4], float scale) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "f"(c[0] * scale), "f"(c[1] * scale),
                "f"(c[2] * scale), "f"(c[3] * scale)
+               : "memory");
+}
+
+// 16 bytes, at once: the compiler would take some of them apart.
+__device__ __forceinline__ void store_global_128(void* place, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
                : "memory");
 }
 

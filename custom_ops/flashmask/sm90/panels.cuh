@@ -8,6 +8,8 @@
 
 #include <stdint.h>
 
+#include "wgmma.cuh"
+
 namespace flashmask::sm90 {
 
 template <int kRows_, int kColumns_>
@@ -44,17 +46,16 @@ struct Panels {
   static __device__ constexpr uint64_t row_distance(int row) { return row * kRowBytes / 16; }
   // Only the low word of a descriptor holds the address; so it is one addition.
   static __device__ __forceinline__ uint64_t moved(uint64_t descriptor, uint64_t distance) {
-    return (descriptor & 0xFFFFFFFF00000000ull) | static_cast<uint32_t>(descriptor + distance);
+    return descriptor_of(static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(distance), kHighWord);
   }
 
  private:
+  static constexpr uint32_t kHighWord = (kPanel == 64 ? 1u : 2u) << 30 | 8 * kRowBytes / 16;
   // wgmma's matrix descriptor: address, distance of neighbouring panels (transposed operands only), distance of
   // neighbouring groups of eight rows, kind of swizzle; distances in units of 16 bytes.
   static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int panel_distance) {
-    constexpr uint64_t kSwizzle = kPanel == 64 ? 1 : 2;
-    constexpr uint64_t kEightRows = 8 * kRowBytes / 16;
-    const uint64_t distance = panel_distance == 1 ? 1 : panel_distance / 16;
-    return (kSwizzle << 62) | (kEightRows << 32) | (distance << 16) | ((address & 0x3FFFF) >> 4);
+    const uint32_t distance = panel_distance == 1 ? 1 : panel_distance / 16;
+    return descriptor_of(distance << 16 | (address & 0x3FFFF) >> 4, kHighWord);
   }
 };
 

@@ -39,6 +39,14 @@ __device__ __forceinline__ void fence_registers(uint32_t (&values)[N][4]) {
   }
 }
 
+// A descriptor of its two words. Said so, since the compiler makes three instructions of an addition to the low one
+// otherwise.
+__device__ __forceinline__ uint64_t descriptor_of(uint32_t low, uint32_t high) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(high));
+  return descriptor;
+}
+
 // Which axis of an operand in shared memory is contiguous.
 enum class Major : int { kK = 0, kMN = 1 };
 

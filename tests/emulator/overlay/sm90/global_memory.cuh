@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 namespace flashmask::sm90 {
 
@@ -19,6 +20,11 @@ inline void fence_async_proxy_global() {}
 inline void add_fragment(float* place, const float (&c)[4], float scale) {
   emulator::maybe_yield();
   for (int i = 0; i < 4; ++i) place[i] += c[i] * scale;
+}
+
+inline void store_global_128(void* place, const uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(place) % 16 != 0) emulator::fail("a store of 16 bytes at %p", place);
+  memcpy(place, words, 16);
 }
 
 }  // namespace flashmask::sm90

@@ -22,6 +22,8 @@ void fence_registers(float (&)[N][4]) {}
 template <int N>
 void fence_registers(uint32_t (&)[N][4]) {}
 
+inline uint64_t descriptor_of(uint32_t low, uint32_t high) { return static_cast<uint64_t>(high) << 32 | low; }
+
 enum class Major : int { kK = 0, kMN = 1 };
 
 template <typename T, Major kAMajor, Major kBMajor, int kGroups>
