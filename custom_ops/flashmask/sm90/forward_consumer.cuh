@@ -4,6 +4,8 @@
 // P V still does. The warpgroups take turns in issuing, so that one's softmax hides under the other's products.
 #pragma once
 
+#include <type_traits>
+
 #include "../cuda/element.cuh"
 #include "forward_epilogue.cuh"
 #include "forward_producer.cuh"
@@ -172,11 +174,38 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto next_row_tile = [&] { return read_row_tile<Layout>(shared, &row_tile_ring); };
 
   RowTile work = next_row_tile(), next;
+  bool has_next = false;
+  // One column tile: its scores beside the output of the one before, which ends a row tile or not.
+  const auto pass = [&](auto is_end) {
+    constexpr bool kEnds = decltype(is_end)::value;
+    turn.wait();
+    issue_scores();
+    wait_v();
+    issue_output();
+    turn.pass();
+    wgmma_wait<1>();
+    const OnlineSoftmax finished = softmax;
+    if (kEnds) softmax = OnlineSoftmax();
+    const bool grown = scores_to_weights();
+    wgmma_wait<0>();
+    fence_registers(output);
+    release_v();
+    if (kEnds) {
+      write_output<T, Layout>(p, maps.out, shared, work, output, finished, warpgroup, thread);
+      clear(output);
+      work = next;
+      has_next = false;
+    } else if (grown) {
+      rescale(output, softmax.factor);
+    }
+    pack_weights();
+  };
+
   while (work.row_tile >= 0) {
     clear(output);
     softmax = OnlineSoftmax();
     open = work.has_tiles != 0;
-    bool has_next = false;
+    has_next = false;
     if (open || Config::kOutputInQuery) wait_q();
     while (open) {
       // Nothing is in flight here.
@@ -197,40 +226,19 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (scores_to_weights()) rescale(output, softmax.factor);
       pack_weights();
 
-      // One pass a tile. The first scores of the next row tile are issued with the last output of this one, so that
-      // there is no gap between them. The chain breaks at a tile that these rows do not see, and at the end of a row
-      // tile whose output goes through the place of Q.
+      // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
+      // between them. The chain breaks at a tile that these rows do not see, and at the end of a row tile whose output
+      // goes through the place of Q.
       while (true) {
-        const bool ends = !open;
-        if (ends) {
-          next = next_row_tile();
-          has_next = true;
-          if (Config::kOutputInQuery || !next.has_tiles) break;
-          wait_q();
-          wait_k();
-        }
+        while (open && is_seen()) pass(std::false_type{});
+        if (open) break;
+        next = next_row_tile();
+        has_next = true;
+        if (Config::kOutputInQuery || !next.has_tiles) break;
+        wait_q();
+        wait_k();
         if (!is_seen()) break;
-        turn.wait();
-        issue_scores();
-        wait_v();
-        issue_output();
-        turn.pass();
-        wgmma_wait<1>();
-        const OnlineSoftmax finished = softmax;
-        if (ends) softmax = OnlineSoftmax();
-        const bool grown = scores_to_weights();
-        wgmma_wait<0>();
-        fence_registers(output);
-        release_v();
-        if (ends) {
-          write_output<T, Layout>(p, maps.out, shared, work, output, finished, warpgroup, thread);
-          clear(output);
-          work = next;
-          has_next = false;
-        } else if (grown) {
-          rescale(output, softmax.factor);
-        }
-        pack_weights();
+        pass(std::true_type{});
       }
       wait_v();
       issue_output();
