@@ -32,6 +32,7 @@ pytestmark = [
 FORWARD = ((64, 8), (96, 72), (128, 104), (192, 136), (256, 200))
 BACKWARD = ((64, 8), (128, 72), (192, 136), (256, 200))
 KERNELS = [*(("forward", *dims) for dims in FORWARD), *(("backward", *dims) for dims in BACKWARD)]
+UNMASKED = FORWARD[:3]  # head dims with a kernel of its own for calls in which nothing masks
 CASES = 24
 LIMIT = 8.0  # roundings, see Problem.noise; 5.4 was the largest of 2,000 cases
 
@@ -64,19 +65,33 @@ def test_random_problems_match_the_reference(direction: str, head_dim: int, low_
         assert max(errors.values()) < LIMIT, (case, errors)
 
 
+@pytest.mark.parametrize(("head_dim", "low_dim"), UNMASKED)
+def test_random_problems_without_a_mask(head_dim: int, low_dim: int, libraries: Libraries) -> None:
+    """Wider column tiles: 176 or 192 keys, of which the last may have one to all."""
+    library = libraries("forward", head_dim)
+    drawn = np.random.default_rng(head_dim)
+    lengths = [1, 16, 63, 128, 175, 176, 177, 191, 192, 193, 351, 352, 353, 384, *drawn.integers(1, 600, 10).tolist()]
+    for number, s_k in enumerate(lengths):
+        rng = np.random.default_rng((head_dim, 1, number))
+        case = emulated.random_problem(rng, head_dim, low_dim, s_k=s_k, n=0, causal=False, block_mask=False)
+        errors = case.errors(case.run(library))
+        assert max(errors.values()) < LIMIT, (case, errors)
+
+
 @pytest.mark.parametrize(("direction", "head_dim", "low_dim"), KERNELS)
 def test_results_do_not_depend_on_the_schedule(
     direction: str, head_dim: int, low_dim: int, libraries: Libraries
 ) -> None:
     """To the bit: the forward pass always, the backward pass when asked to be deterministic."""
     library = libraries(direction, head_dim)
-    for number in range(2):  # without lists of tiles, and with them
-        case = dense_case(head_dim, number, deterministic=True, blocks=3)
+    # Nothing masks; without lists of tiles; with them.
+    for number, causal in ((0, False), (0, True), (1, False)):
+        case = dense_case(head_dim, number, deterministic=True, blocks=3, causal=causal)
         first = case.run(library)
         for schedule in range(1, 4):
             case.schedule, case.blocks = schedule, 1 + schedule % 3
             for name, array in case.run(library).items():
-                np.testing.assert_array_equal(array, first[name], f"{name} of {number} under schedule {schedule}")
+                np.testing.assert_array_equal(array, first[name], f"{name} of {number}, {causal} under schedule {schedule}")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -130,40 +145,57 @@ def is_noticed(case: Problem, library: Emulated, fault: tuple[int, int]) -> bool
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
 
 
-@pytest.fixture(scope="session")
-def fault_cases() -> Callable[[int], list[Problem]]:
-    made: dict[int, list[Problem]] = {}
+def make_fault_cases(kernel: str, head_dim: int) -> list[Problem]:
+    # Few steps for each of many column tiles: what is brought ahead of them is in time only if waited for.
+    few: dict[str, Any] = {"s_q": 40, "s_k": 600, "h_k": 1, "blocks": 1}
+    if kernel == "unmasked":
+        few["blocks"] = 2
+        short: dict[str, Any] = {"s_k": 170, "blocks": 1}  # one column tile for each of many row tiles
+        return [
+            *(dense_case(head_dim, 2 * number) for number in range(15)),
+            *(dense_case(head_dim, 2 * number, **short) for number in range(10)),
+            *(dense_case(head_dim, 2 * number, **few) for number in range(10)),
+        ]
+    cases = [dense_case(head_dim, number, causal=kernel == "forward" and number % 2 == 0) for number in range(15)]
+    cases.append(dense_case(head_dim, 0, **few, h_q=1, h_m=1, causal=kernel == "forward"))
+    return cases + [dense_case(head_dim, number, **few, h_q=8, h_m=8, n=4, causal=False) for number in range(20)]
 
-    def get(head_dim: int) -> list[Problem]:
-        if head_dim not in made:
-            made[head_dim] = [dense_case(head_dim, number) for number in range(15)]
-            # Few steps for each of many column tiles: what is brought ahead of them is in time only if waited for.
-            few: dict[str, Any] = {"s_q": 40, "s_k": 600, "h_k": 1, "blocks": 1, "causal": False}
-            made[head_dim].append(dense_case(head_dim, 0, **few, h_q=1, h_m=1, n=0))
-            made[head_dim] += [dense_case(head_dim, number, **few, h_q=8, h_m=8, n=4) for number in range(20)]
-        return made[head_dim]
+
+@pytest.fixture(scope="session")
+def fault_cases() -> Callable[[str, int], list[Problem]]:
+    made: dict[tuple[str, int], list[Problem]] = {}
+
+    def get(kernel: str, head_dim: int) -> list[Problem]:
+        if (kernel, head_dim) not in made:
+            made[kernel, head_dim] = make_fault_cases(kernel, head_dim)
+        return made[kernel, head_dim]
 
     return get
 
 
+def direction_of(kernel: str) -> str:
+    return "forward" if kernel == "unmasked" else kernel
+
+
 # mbarriers in the order of their init, without those that the head dim does not use (P^T up to 128; dQ above, but for
 # turns). Above, the waits for an empty P^T or dS^T are left out too: they follow from the waits for full ones of the
-# step before.
+# step before. "unmasked" is the forward kernel for calls in which nothing masks.
 USED_BARRIERS = [
-    ("forward", 128, range(34)),
+    ("forward", 128, range(38)),
+    ("unmasked", 128, range(32)),
     ("backward", 128, sorted({*range(35)} - {12, 13, 16, 17})),
     ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 22, 25, 26]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("direction", "head_dim", "barrier"), [(d, n, i) for d, n, barriers in USED_BARRIERS for i in barriers]
+    ("kernel", "head_dim", "barrier"), [(k, n, i) for k, n, barriers in USED_BARRIERS for i in barriers]
 )
 def test_no_wait_can_be_left_out(
-    direction: str, head_dim: int, barrier: int, libraries: Libraries, fault_cases: Callable[[int], list[Problem]]
+    kernel: str, head_dim: int, barrier: int, libraries: Libraries, fault_cases: Callable[[str, int], list[Problem]]
 ) -> None:
-    library = libraries(direction, head_dim)
-    assert any(is_noticed(case, library, (emulated.BARRIER_WAIT, barrier)) for case in fault_cases(head_dim))
+    library = libraries(direction_of(kernel), head_dim)
+    assert any(is_noticed(case, library, (emulated.BARRIER_WAIT, barrier)) for case in fault_cases(kernel, head_dim))
 
 
 @pytest.mark.parametrize("barrier", [16, 17, 19, 20])
@@ -185,25 +217,28 @@ def test_rows_are_waited_for(head_dim: int, count: int, libraries: Libraries) ->
 
 
 @pytest.mark.parametrize(
-    ("direction", "head_dim", "fault"),
+    ("kernel", "head_dim", "fault"),
     [
         *(("forward", 128, (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 5, 6)),
+        *(("unmasked", 64, (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 3)),
         *(("backward", 128, (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 4, 5)),
         *(("backward", 256, (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 3)),
         *((direction, 128, (emulated.PROXY_FENCE, 0)) for direction in ("forward", "backward")),
         *((direction, 128, (emulated.STORE_WAIT, 0)) for direction in ("forward", "backward")),
         *((direction, 128, (emulated.WGMMA_WAIT, 0)) for direction in ("forward", "backward")),
         *((direction, 128, (emulated.WGMMA_BEGIN, 0)) for direction in ("forward", "backward")),
+        *(("unmasked", 64, (fault, 0)) for fault in (emulated.PROXY_FENCE, emulated.WGMMA_WAIT, emulated.WGMMA_BEGIN)),
     ],
 )
 def test_nor_anything_else(
-    direction: str,
+    kernel: str,
     head_dim: int,
     fault: tuple[int, int],
     libraries: Libraries,
-    fault_cases: Callable[[int], list[Problem]],
+    fault_cases: Callable[[str, int], list[Problem]],
 ) -> None:
-    assert any(is_noticed(case, libraries(direction, head_dim), fault) for case in fault_cases(head_dim))
+    library = libraries(direction_of(kernel), head_dim)
+    assert any(is_noticed(case, library, fault) for case in fault_cases(kernel, head_dim))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
