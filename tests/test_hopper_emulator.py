@@ -179,10 +179,12 @@ def direction_of(kernel: str) -> str:
 
 # mbarriers in the order of their init, without those that the head dim does not use (P^T up to 128; dQ above, but for
 # turns). Above, the waits for an empty P^T or dS^T are left out too: they follow from the waits for full ones of the
-# step before. "unmasked" is the forward kernel for calls in which nothing masks.
+# step before. "unmasked" is the forward kernel for calls in which nothing masks: where it has one place for Q, the wait
+# for a free place to describe the next row tile follows from the wait for that of Q.
 USED_BARRIERS = [
     ("forward", 128, range(38)),
-    ("unmasked", 128, range(32)),
+    ("unmasked", 64, range(40)),
+    ("unmasked", 128, sorted({*range(32)} - {14, 15})),
     ("backward", 128, sorted({*range(35)} - {12, 13, 16, 17})),
     ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 22, 25, 26]),
 ]
