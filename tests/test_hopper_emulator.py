@@ -91,7 +91,7 @@ def test_results_do_not_depend_on_the_schedule(
         for schedule in range(1, 4):
             case.schedule, case.blocks = schedule, 1 + schedule % 3
             for name, array in case.run(library).items():
-                np.testing.assert_array_equal(array, first[name], f"{name} of {number}, {causal} under schedule {schedule}")
+                np.testing.assert_array_equal(array, first[name], f"{name} of {number}, schedule {schedule}")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -90,6 +90,13 @@ __device__ __forceinline__ void publish_barriers() {
 // uniform registers that wgmma's descriptors come from, and knows that branches on it do not divide the warp.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_or_sync(0xFFFFFFFFu, value); }
 
+// The same value in a uniform register; the compiler cannot know that it is a constant, nor that two of different
+// kWhich (0 or 1) are equal. Blocks have one axis, so what is added is zero.
+template <int kWhich>
+__device__ __forceinline__ uint32_t hidden(uint32_t value) {
+  return uniform(value + (kWhich == 0 ? threadIdx.y : threadIdx.z));
+}
+
 // Barrier `id` (1 to 15; 0 is __syncthreads) over `threads` threads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");

@@ -69,9 +69,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // Whether these 64 rows see anything of it, or need element masks.
   const auto is_seen = [&] { return !Config::kMasks || (flags >> warpgroup & 1) != 0; };
   const auto is_partial = [&] { return (flags >> (kPartialShift + warpgroup) & 1) != 0; };
-  const auto q_barrier = [&](int barrier) {
-    return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8;
-  };
+  const auto q_barrier = [&](int barrier) { return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8; };
   const auto release_q = [&] {
     release(q_barrier(Layout::kQEmpty));
     q_ring.advance();
@@ -107,9 +105,16 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     release(Layout::kMaskEmpty + mask_ring.stage * 8);
     mask_ring.advance();
   };
+  // High words of the descriptors of left and right operands. Constants would be written again before every product:
+  // so an instruction less for most of them.
+  const uint32_t high_a = hidden<0>(QTile::kHighWord), high_b = hidden<1>(KTile::kHighWord);
+  static_assert(!Config::kWeightsInShared || PTile::kHighWord == QTile::kHighWord);
+  const auto left = [&](uint64_t descriptor) { return descriptor_of(static_cast<uint32_t>(descriptor), high_a); };
+  const auto right = [&](uint64_t descriptor) { return descriptor_of(static_cast<uint32_t>(descriptor), high_b); };
   const auto issue_scores = [&] {
-    const uint64_t q = QTile::along_columns(shared + Layout::kQ + q_ring.stage * QTile::kBytes, warpgroup * 64, 0);
-    const uint64_t k = KTile::along_columns(shared + Layout::kK + k_ring.stage * KTile::kBytes, 0, 0);
+    const uint64_t q =
+        left(QTile::along_columns(shared + Layout::kQ + q_ring.stage * QTile::kBytes, warpgroup * 64, 0));
+    const uint64_t k = right(KTile::along_columns(shared + Layout::kK + k_ring.stage * KTile::kBytes, 0, 0));
     fence_registers(scores);
     wgmma_begin();
 #pragma unroll
@@ -120,7 +125,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_commit();
   };
   const auto issue_output = [&] {
-    const uint64_t v = KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0);
+    const uint64_t v = right(KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0));
     if (!Config::kWeightsInShared) fence_registers(weights);
     fence_registers(output);
     wgmma_begin();
@@ -128,7 +133,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     for (int step = 0; step < kSteps; ++step) {
       const uint64_t rows = KTile::moved(v, KTile::row_distance(step * 16));
       if constexpr (Config::kWeightsInShared) {
-        const uint64_t w = PTile::along_columns(shared + Layout::kP, warpgroup * 64, 0);
+        const uint64_t w = left(PTile::along_columns(shared + Layout::kP, warpgroup * 64, 0));
         wgmma<T, Major::kK, Major::kMN>(output, PTile::moved(w, PTile::column_distance(step * 16)), rows, 1);
       } else {
         wgmma<T, Major::kMN>(output, weights[step], rows, 1);

@@ -76,7 +76,8 @@ cudaError_t launch_forward_of(const KernelParams& p, cudaStream_t stream) {
   cudaError_t status = make(&maps.q, op.q, op.seqlen_q, op.heads_q, op.head_dim, kRowsPerWarpgroup);
   if (status == cudaSuccess) status = make(&maps.k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kColumns);
   if (status == cudaSuccess) status = make(&maps.v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, Config::kColumns);
-  if (status == cudaSuccess) status = make(&maps.out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, kRowsPerWarpgroup);
+  if (status == cudaSuccess)
+    status = make(&maps.out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, kRowsPerWarpgroup);
   if (status != cudaSuccess) return status;
 
   int blocks = forward_row_tiles<Config::kConsumers>(p) * op.batch * op.heads_q;

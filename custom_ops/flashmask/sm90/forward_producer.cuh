@@ -112,8 +112,8 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
     }
     k_ring.advance();
     load_late_v();
-    // One place for Q is free only when the row tile before has its last scores, or is at its end; what that still needs
-    // comes first.
+    // One place for Q is free only when the row tile before has its last scores, or is at its end; what that still
+    // needs comes first.
     if (Config::kQStages == 1 && (order.flags & kFirst)) load_q(order.row_tile);
     late_tile = order.column_tile;
     late_head_k = head_k;
@@ -135,8 +135,8 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
         static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
     Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait_warp(mask_ring.parity ^ 1);
     write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op,
-                         p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, order.row_tile * Config::kRows,
-                         order.column_tile * Config::kColumns, warp, lane);
+                       p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, order.row_tile * Config::kRows,
+                       order.column_tile * Config::kColumns, warp, lane);
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
     mask_ring.advance();
   }

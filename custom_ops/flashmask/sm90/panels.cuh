@@ -21,6 +21,8 @@ struct Panels {
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
   static_assert(kColumns % kPanel == 0 && kRows % 8 == 0);
+  // Of a descriptor: kind of swizzle, and distance of neighbouring groups of eight rows in units of 16 bytes.
+  static constexpr uint32_t kHighWord = (kPanel == 64 ? 1u : 2u) << 30 | 8 * kRowBytes / 16;
 
   // Byte offset of 16-byte chunk `chunk` (8 columns) of row `row`.
   static __device__ __forceinline__ int chunk_offset(int row, int chunk) {
@@ -46,11 +48,11 @@ struct Panels {
   static __device__ constexpr uint64_t row_distance(int row) { return row * kRowBytes / 16; }
   // Only the low word of a descriptor holds the address; so it is one addition.
   static __device__ __forceinline__ uint64_t moved(uint64_t descriptor, uint64_t distance) {
-    return descriptor_of(static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(distance), kHighWord);
+    return descriptor_of(static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(distance),
+                         static_cast<uint32_t>(descriptor >> 32));
   }
 
  private:
-  static constexpr uint32_t kHighWord = (kPanel == 64 ? 1u : 2u) << 30 | 8 * kRowBytes / 16;
   // wgmma's matrix descriptor: address, distance of neighbouring panels (transposed operands only), distance of
   // neighbouring groups of eight rows, kind of swizzle; distances in units of 16 bytes.
   static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int panel_distance) {

@@ -56,28 +56,28 @@ enum class Major : int { kK = 0, kMN = 1 };
 #define FLASHMASK_ACC_8(n) FLASHMASK_ACC_4(n), FLASHMASK_ACC_4(n + 4)
 #define FLASHMASK_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FLASHMASK_REGISTERS_64 \
-  FLASHMASK_REGISTERS_32 \
+  FLASHMASK_REGISTERS_32       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FLASHMASK_REGISTERS_96 \
-  FLASHMASK_REGISTERS_64 \
+  FLASHMASK_REGISTERS_64       \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FLASHMASK_REGISTERS_128 \
-  FLASHMASK_REGISTERS_96 \
+  FLASHMASK_REGISTERS_96        \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FLASHMASK_REGISTERS_144 \
-  FLASHMASK_REGISTERS_128 \
+  FLASHMASK_REGISTERS_128       \
   ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define FLASHMASK_REGISTERS_160 \
-  FLASHMASK_REGISTERS_144 \
+  FLASHMASK_REGISTERS_144       \
   ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define FLASHMASK_REGISTERS_176 \
-  FLASHMASK_REGISTERS_160 \
+  FLASHMASK_REGISTERS_160       \
   ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define FLASHMASK_REGISTERS_192 \
-  FLASHMASK_REGISTERS_176 \
+  FLASHMASK_REGISTERS_176       \
   ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define FLASHMASK_REGISTERS_256 \
-  FLASHMASK_REGISTERS_192 \
+#define FLASHMASK_REGISTERS_256                                                                  \
+  FLASHMASK_REGISTERS_192                                                                        \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 

@@ -27,6 +27,10 @@ struct Barrier {
 
 inline void publish_barriers() { emulator::publish_barriers(); }
 inline uint32_t uniform(uint32_t value) { return emulator::uniform(value); }
+template <int kWhich>
+uint32_t hidden(uint32_t value) {
+  return value;
+}
 
 inline void named_barrier_sync(int id, int threads) { emulator::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) { emulator::named_barrier(id, threads, false); }
