@@ -10,13 +10,11 @@ constexpr int kRowsPerWarpgroup = 64;
 // How the output leaves: through shared memory of its own, through the place of Q where there is no room for that (the
 // next Q then waits for it), or straight from registers to memory.
 enum class OutputBy { kOwnPlace, kPlaceOfQuery, kRegisters };
-// Where P V finds P.
-enum class WeightsIn { kRegisters, kShared };
 
 // kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V, kQStages for Q, kMaskStages for
 // element masks: none where nothing masks.
 template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_,
-          OutputBy kOutputBy_ = OutputBy::kOwnPlace, WeightsIn kWeightsIn_ = WeightsIn::kRegisters>
+          OutputBy kOutputBy_ = OutputBy::kOwnPlace>
 struct ForwardShape {
   static constexpr int kConsumers = kConsumers_, kColumns = kColumns_;
   static constexpr int kStages = kStages_, kQStages = kQStages_, kMaskStages = kMaskStages_;
@@ -25,7 +23,6 @@ struct ForwardShape {
   static constexpr bool kMasks = kMaskStages > 0;
   static constexpr OutputBy kOutputBy = kOutputBy_;
   static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;
-  static constexpr bool kWeightsInShared = kWeightsIn_ == WeightsIn::kShared;
   // A block starts with 168 (128 with three consumers) registers a thread; what the producers give up, no more, goes to
   // the consumers: more would wait for ever.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -53,13 +50,12 @@ template <>
 struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, OutputBy::kPlaceOfQuery> {};
 
 // Where nothing masks, tiles may be wider than the lists' and the block mask's: what a tile costs whatever its width
-// then comes less often. Without a choice of its own, a head dim takes the one above.
+// then comes less often. Without a choice of its own, a head dim takes the one above (64: three warpgroups have no
+// registers for more columns, and P through shared memory was slower).
 template <int kHeadDim>
 struct UnmaskedConfig {
   static constexpr int kConsumers = 0;
 };
-template <>
-struct UnmaskedConfig<64> : ForwardShape<3, 192, 2, 2, 0, OutputBy::kRegisters, WeightsIn::kShared> {};
 template <>
 struct UnmaskedConfig<96> : ForwardShape<2, 176, 2, 2, 0, OutputBy::kRegisters> {};
 template <>
@@ -73,7 +69,6 @@ struct ForwardLayout {
   using Config = Config_;
   using QTile = Panels<Config::kRows, kHeadDim>;
   using KTile = Panels<Config::kColumns, kHeadDim>;
-  using PTile = Panels<Config::kRows, Config::kWeightsInShared ? Config::kColumns : 0>;
   // Element masks of one tile, as words of two columns x 16 rows: [rows / 16][lane % 4][columns / 8]. The padding puts
   // the four lanes of a quad into different banks.
   static constexpr int kMaskStride = Config::kColumns / 8 + 4;
@@ -82,9 +77,9 @@ struct ForwardLayout {
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kV = kK + Config::kStages * KTile::kBytes;
-  static constexpr int kP = kV + Config::kStages * KTile::kBytes;
-  static constexpr int kOut = Config::kOutputInQuery ? kQ : kP + PTile::kBytes;
-  static constexpr int kMask = kP + PTile::kBytes + (Config::kOutputBy == OutputBy::kOwnPlace ? QTile::kBytes : 0);
+  static constexpr int kAfterV = kV + Config::kStages * KTile::kBytes;
+  static constexpr int kOut = Config::kOutputInQuery ? kQ : kAfterV;
+  static constexpr int kMask = kAfterV + (Config::kOutputBy == OutputBy::kOwnPlace ? QTile::kBytes : 0);
   static constexpr int kWork = kMask + Config::kMaskStages * kMaskBytes;
   static constexpr int kOrders = kWork + Config::kWorkStages * 16;
   static constexpr int kTileFlags = kOrders + Config::kOrderStages * 16;

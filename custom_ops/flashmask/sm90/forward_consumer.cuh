@@ -37,7 +37,6 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   using Config = typename Layout::Config;
   using QTile = typename Layout::QTile;
   using KTile = typename Layout::KTile;
-  using PTile = typename Layout::PTile;
   constexpr int kHeadDim = Layout::kHeadDim;
   constexpr int kScoreGroups = Config::kColumns / 8, kSteps = Config::kColumns / 16;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
@@ -52,8 +51,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
 
   float output[kHeadDim / 8][4];
   float scores[kScoreGroups][4];
-  uint32_t weights[kSteps][4];  // unless they go through shared memory
-  const uint32_t weights_corner = matrix_corner<PTile>(shared + Layout::kP, warp * 16, lane);
+  uint32_t weights[kSteps][4];
   // Where nothing masks, a row tile has this many column tiles, and the last so many keys.
   const int tiles = (p.op.seqlen_k + Config::kColumns - 1) / Config::kColumns;
   const int last_keys = p.op.seqlen_k - (tiles - 1) * Config::kColumns;
@@ -105,16 +103,17 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     release(Layout::kMaskEmpty + mask_ring.stage * 8);
     mask_ring.advance();
   };
-  // High words of the descriptors of left and right operands. Constants would be written again before every product:
-  // so an instruction less for most of them.
-  const uint32_t high_a = hidden<0>(QTile::kHighWord), high_b = hidden<1>(KTile::kHighWord);
-  static_assert(!Config::kWeightsInShared || PTile::kHighWord == QTile::kHighWord);
-  const auto left = [&](uint64_t descriptor) { return descriptor_of(static_cast<uint32_t>(descriptor), high_a); };
-  const auto right = [&](uint64_t descriptor) { return descriptor_of(static_cast<uint32_t>(descriptor), high_b); };
+  // High words of the descriptors of Q and of K and V. Constants would be written again before every product: so an
+  // instruction less for most of them.
+  const uint32_t high_q = hidden<0>(QTile::kHighWord), high_k = hidden<1>(KTile::kHighWord);
+  const auto with_high = [](uint64_t descriptor, uint32_t high) {
+    return descriptor_of(static_cast<uint32_t>(descriptor), high);
+  };
   const auto issue_scores = [&] {
     const uint64_t q =
-        left(QTile::along_columns(shared + Layout::kQ + q_ring.stage * QTile::kBytes, warpgroup * 64, 0));
-    const uint64_t k = right(KTile::along_columns(shared + Layout::kK + k_ring.stage * KTile::kBytes, 0, 0));
+        with_high(QTile::along_columns(shared + Layout::kQ + q_ring.stage * QTile::kBytes, warpgroup * 64, 0), high_q);
+    const uint64_t k =
+        with_high(KTile::along_columns(shared + Layout::kK + k_ring.stage * KTile::kBytes, 0, 0), high_k);
     fence_registers(scores);
     wgmma_begin();
 #pragma unroll
@@ -125,19 +124,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_commit();
   };
   const auto issue_output = [&] {
-    const uint64_t v = right(KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0));
-    if (!Config::kWeightsInShared) fence_registers(weights);
+    const uint64_t v = with_high(KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0), high_k);
+    fence_registers(weights);
     fence_registers(output);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint64_t rows = KTile::moved(v, KTile::row_distance(step * 16));
-      if constexpr (Config::kWeightsInShared) {
-        const uint64_t w = left(PTile::along_columns(shared + Layout::kP, warpgroup * 64, 0));
-        wgmma<T, Major::kK, Major::kMN>(output, PTile::moved(w, PTile::column_distance(step * 16)), rows, 1);
-      } else {
-        wgmma<T, Major::kMN>(output, weights[step], rows, 1);
-      }
+      wgmma<T, Major::kMN>(output, weights[step], KTile::moved(v, KTile::row_distance(step * 16)), 1);
     }
     wgmma_commit();
   };
@@ -165,15 +158,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   const auto pack_weights = [&] {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
-      if (Config::kWeightsInShared) store_matrix(matrix_moved<PTile>(weights_corner, step * 16), weights[step]);
-    }
-    if (Config::kWeightsInShared) {
-      // A warp multiplies the 16 rows that it stored itself.
-      fence_async_proxy();
-      __syncwarp();
-    }
+    for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
   };
 
   const auto next_row_tile = [&] { return read_row_tile<Layout>(shared, &row_tile_ring); };
