@@ -105,7 +105,7 @@ def test_many_groups_of_heads(head_dim: int, libraries: Libraries) -> None:
         assert max(errors.values()) < LIMIT, (case, errors)
 
 
-@pytest.mark.parametrize("head_dim", [192, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_column_tiles_begin_where_others_are(head_dim: int, libraries: Libraries) -> None:
     """Rows beyond the cache (a small one here), nothing masked: from any row tile on and around."""
     library = libraries("backward", head_dim)

@@ -139,8 +139,10 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->finish_counter = p->work_counter + 1;
   p->prepared = p->work_counter + 2;
   p->finished = p->prepared + heads_q;
-  int32_t* row_front = workspace.take<int32_t>(heads_q);
-  if (!op.deterministic && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) p->row_front = row_front;
+  int32_t* row_front = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_k);
+  if (!op.deterministic && !needs_lists(op) && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) {
+    p->row_front = row_front;
+  }
   if (op.deterministic) {
     p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles * 2 + 1);
   }

@@ -55,9 +55,8 @@ struct KernelParams {
   int32_t padded_rows;
   float* query_lse;    // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;  // [batch * heads_q, padded_rows]: sum(dout * out)
-  // [batch * heads_q]: a row tile that some column tile is at, where column tiles are to stay together (sm90 above 128
-  // dims); or null.
-  volatile int32_t* row_front;
+  // [batch * heads_k]: a row tile that some column tile is at, where column tiles are to stay together (sm90); or null.
+  int32_t* row_front;
   float* dq_accumulator;  // [batch * heads_q, padded_rows, compiled dim], inside a tile in the order of its kernels
   // Deterministic: column tiles that have added, [batch * heads_q, row_tiles] and then one ticket, or [batch * heads_q,
   // row_tiles, 2] for two parts of dQ.

@@ -36,7 +36,9 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
     __syncthreads();
     number = load_shared_32(ticket);
   }
-  const BackwardBlock block(p, column_work(p, number));
+  ColumnWork work = column_work(p, number);
+  if (warp == 0) work.first_row_tile = first_row_tile(p, work);  // nobody else goes through the rows, but in turns
+  const BackwardBlock block(p, work);
   if (warp < kWarpgroup / 32) {
     shrink_registers<24>();
     if (warp == 0) {
@@ -152,10 +154,10 @@ cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   int blocks = p.column_works + 2 * heads_q * p.row_items;
   cudaError_t status = limit_to_multiprocessors(&blocks);
   if (status != cudaSuccess) return status;
-  // Rows are prepared as long before their column tiles as every block takes for one of those: nobody waits for them, and
-  // they are in the L2 cache still, if there is room.
-  const int64_t spare = (static_cast<int64_t>(blocks) * p.key_head_row_items + p.lists.column_tiles - 1) /
-                        p.lists.column_tiles;
+  // Rows are prepared as long before their column tiles as every block takes for one of those: nobody waits for them,
+  // and they are in the L2 cache still, if there is room.
+  const int64_t spare =
+      (static_cast<int64_t>(blocks) * p.key_head_row_items + p.lists.column_tiles - 1) / p.lists.column_tiles;
   p.order = make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, p.schedule_heads, spare);
   status = cudaMemsetAsync(p.work_counter, 0, (2 + static_cast<size_t>(heads_q) + heads_k) * sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
@@ -178,6 +180,11 @@ cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
     const size_t parts = BackwardConfig<kHeadDim>::kConsumers;
     const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
     const cudaError_t status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
+    if (status != cudaSuccess) return status;
+  }
+  if (p.row_front != nullptr) {
+    const size_t heads = static_cast<size_t>(p.op.batch) * p.op.heads_k;
+    const cudaError_t status = cudaMemsetAsync(p.row_front, 0, heads * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }
   if constexpr (!BackwardConfig<kHeadDim>::kWide) {

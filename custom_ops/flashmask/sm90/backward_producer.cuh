@@ -40,11 +40,6 @@ __device__ __forceinline__ void bring_end(uint32_t shared_base, RowRings<Backwar
 }
 
 // One warp: Q, dO and their rows' lse and delta for all steps of a column tile.
-//
-// Above 128 dims, where a step needs the most bytes, and with more rows than the L2 cache holds (row_front): a column
-// tile begins at a row tile that another is at, so that those which run together share rows in the cache. If all began
-// with the first, fast multiprocessors would get further ahead of slow ones with every column tile, until each read its
-// own rows from DRAM.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_rows(const KernelParams& p, const BackwardMaps& maps, const BackwardBlock& block,
                                            uint32_t shared_base, RowRings<BackwardConfig<kHeadDim>>* rings) {
@@ -55,7 +50,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
   const bool leader = threadIdx.x % 32 == 0;
   Ring<Config::kQStages>& q_ring = rings->q;
   Ring<Config::kDoStages>& do_ring = rings->dout;
-  const auto bring = [&](int head, int tile, bool partial) {
+  for_each_tile<Config>(p, block, [&](int head, int tile, bool partial) {
     const uint32_t base = opaque(shared_base);
     const BackwardBarriers<kHeadDim> barriers{base};
     const int row = tile * Config::kRows;
@@ -72,6 +67,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     };
     barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
     if (leader) {
+      if (p.row_front != nullptr) *row_front(p, block.batch, block.head_k) = tile;
       const int mask = block.mask_index(p.op, head);
       write_step(base + Layout::kSteps + q_ring.stage * 16,
                  Step{2 * tile + partial, mask, static_cast<int>(block.batch_head(p.op, head)),
@@ -87,20 +83,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     __syncwarp();
     q_ring.advance();
     do_ring.advance();
-  };
-  if constexpr (Config::kWide) {
-    const bool follows = p.row_front != nullptr && p.lists.by_column == nullptr;
-    const auto front = [&](int head) { return p.row_front + block.batch_head(p.op, head); };
-    for_each_tile<Config>(
-        p, block,
-        [&](int head, int tile, bool partial) {
-          if (follows && leader) *front(head) = tile;
-          bring(head, tile, partial);
-        },
-        [&](int head) { return follows ? __shfl_sync(kAllLanes, *front(head), 0) : 0; });
-  } else {
-    for_each_tile<Config>(p, block, bring);
-  }
+  });
 }
 
 // For a whole warp: waits until the rows of the column tile's query heads are prepared.
@@ -227,7 +210,10 @@ struct WorkBringer {
         !(state & kNoTickets) && kind() != WorkItem::kFinishRows && has_claim() && sums_are_there(p, claim());
     if (!finishes && !(state & kNoTickets)) {
       next = item_of_ticket(p, count_on(p.work_counter));
-      if (!next.is_rows()) tell(next.place);
+      if (!next.is_rows()) {
+        next.place.first_row_tile = first_row_tile(p, next.place);
+        tell(next.place);
+      }
       if (next.kind == WorkItem::kNothing) state |= kNoTickets;
     }
     if (next.kind == WorkItem::kNothing && has_claim()) next = {WorkItem::kFinishRows, row_item_place(p, claim())};
@@ -241,7 +227,8 @@ struct WorkBringer {
     do {
       if (kind() == WorkItem::kColumnTile) {
         wait_for_rows(p, block());
-        bring_rows<kHeadDim>(p, maps, block(), shared_base, &rings);
+        bring_rows<kHeadDim>(p, maps, BackwardBlock(p, read_work<kHeadDim>(shared_base, state / kTold - 1)),
+                             shared_base, &rings);
       } else if (kind() != WorkItem::kNothing) {
         if (row_tile() == 0 && kind() == WorkItem::kFinishRows) {
           if (state & kNoTickets) wait_for_sums(p, claim());

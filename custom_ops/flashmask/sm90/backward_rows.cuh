@@ -26,7 +26,6 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
   const int batch_head = blockIdx.x / blocks_per_head;
   const int batch = batch_head / op.heads_q, head = batch_head - batch * op.heads_q;
   const int first_row = (blockIdx.x - batch_head * blocks_per_head) * kRowsPerBlock;
-  if (p.row_front != nullptr && first_row == 0 && threadIdx.x == 0) p.row_front[batch_head] = 0;
   const int row = first_row + threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
 
   uint4 out = make_uint4(0, 0, 0, 0), dout = out;

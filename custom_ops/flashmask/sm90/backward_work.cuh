@@ -5,8 +5,6 @@
 // through slots in shared memory; consumers only see steps.
 #pragma once
 
-#include <type_traits>
-
 #include "../cuda/element.cuh"
 #include "../cuda/tile_lists.cuh"
 #include "backward_access.cuh"
@@ -26,6 +24,7 @@ struct ColumnWork {
   int batch;  // -1: no work is left
   int head_k;
   int column_tile;
+  int first_row_tile = 0;  // with which it begins, and then around
 };
 
 // Column tile number `rank` of a group of `group_heads` key heads from `first_head_k` (over all batches).
@@ -87,9 +86,10 @@ struct BackwardBlock {
   int batch, head_k;
   int column_tile, column_begin;
   int first_head, end_head;  // query heads of its group
+  int first_row_tile;
 
   __device__ __forceinline__ BackwardBlock(const KernelParams& p, const ColumnWork& work)
-      : batch(work.batch), head_k(work.head_k), column_tile(work.column_tile) {
+      : batch(work.batch), head_k(work.head_k), column_tile(work.column_tile), first_row_tile(work.first_row_tile) {
     column_begin = column_tile * p.lists.tile_columns;
     const int heads_per_key = static_cast<int>(opaque(p.op.heads_q)) / p.op.heads_k;  // not kept in a register
     first_head = head_k * heads_per_key;
@@ -108,14 +108,22 @@ struct BackwardBlock {
   }
 };
 
-struct FromFirstTile {};
+// Where column tiles are to stay together (row_front): a row tile that another one is at. With more rows than the L2
+// cache holds, those that run together so share rows in the cache. If all began with the first, fast multiprocessors
+// would get further ahead of slow ones with every column tile, until each read its own rows from DRAM.
+__device__ __forceinline__ volatile int32_t* row_front(const KernelParams& p, int batch, int head_k) {
+  return p.row_front + static_cast<int64_t>(batch) * p.op.heads_k + head_k;
+}
+// For a whole warp.
+__device__ __forceinline__ int first_row_tile(const KernelParams& p, const ColumnWork& work) {
+  if (p.row_front == nullptr || work.batch < 0) return 0;
+  return __shfl_sync(kAllLanes, *row_front(p, work.batch, work.head_k), 0);
+}
 
-// Calls visit(head, row tile, partial) for all that the block has to do: the row tiles of a head in ascending order,
-// or, where start(head) says with which to begin, from there on and around. For whole warps; every warp that calls it
-// without a start sees the same sequence.
-template <typename Config, typename Visit, typename Start = FromFirstTile>
-__device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit,
-                                              const Start& start = {}) {
+// Calls visit(head, row tile, partial) for all that the block has to do, in order: from its first row tile on and
+// around. For whole warps; every warp that calls it sees the same sequence.
+template <typename Config, typename Visit>
+__device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit) {
   for (int head = block.first_head; head < block.end_head; ++head) {
     const int64_t mask_index = block.mask_index(p.op, head);
     const auto words = [&](int index) {
@@ -124,25 +132,20 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
       }
       return p.lists.by_column[(mask_index * p.lists.column_tiles + block.column_tile) * p.lists.row_words + index];
     };
+    // The word of the first tile comes twice, for its upper bits and, last, for its lower ones.
+    const int first = block.first_row_tile, row_words = p.lists.row_words;
+    const auto around = [&](int index) {
+      const int number = first / 32 + index;
+      TileWord word = words(number < row_words ? number : number - row_words);
+      if (index == 0) word.active &= ~low_bits(first % 32);
+      if (index == row_words) word.active &= low_bits(first % 32);
+      return word;
+    };
+    TileWalker<decltype(around)> walker(around, row_words + (first > 0));
     bool partial;
-    if constexpr (std::is_same_v<Start, FromFirstTile>) {
-      TileWalker<decltype(words)> walker(words, p.lists.row_words);
-      for (int tile = walker.next(&partial); tile >= 0; tile = walker.next(&partial)) visit(head, tile, partial);
-    } else {
-      // The word of the first tile comes twice, for its upper bits and, last, for its lower ones.
-      const int first = start(head), row_words = p.lists.row_words;
-      const auto around = [&](int index) {
-        const int number = first / 32 + index;
-        TileWord word = words(number < row_words ? number : number - row_words);
-        if (index == 0) word.active &= ~low_bits(first % 32);
-        if (index == row_words) word.active &= low_bits(first % 32);
-        return word;
-      };
-      TileWalker<decltype(around)> walker(around, row_words + 1);
-      for (int found = walker.next(&partial); found >= 0; found = walker.next(&partial)) {
-        const int tile = found + first / 32 * 32;
-        visit(head, tile < row_words * 32 ? tile : tile - row_words * 32, partial);
-      }
+    for (int found = walker.next(&partial); found >= 0; found = walker.next(&partial)) {
+      const int tile = found + first / 32 * 32;
+      visit(head, tile < row_words * 32 ? tile : tile - row_words * 32, partial);
     }
   }
 }
@@ -154,7 +157,7 @@ __device__ __forceinline__ uint32_t work_slot(uint32_t shared_base, uint32_t num
 template <int kHeadDim>
 __device__ __forceinline__ ColumnWork read_work(uint32_t shared_base, uint32_t number) {
   const uint4 words = load_shared_128(work_slot<kHeadDim>(shared_base, number));
-  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z)};
+  return {static_cast<int>(words.x), static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)};
 }
 
 // For whole warps. The block's column tile `number`, or that there is none, is told through slot number % kWorkSlots.
@@ -163,7 +166,8 @@ __device__ __forceinline__ void tell_work(const ColumnWork& work, uint32_t share
   const BackwardBarriers<kHeadDim> barriers{shared_base};
   barriers.work_empty(number % kWorkSlots).wait_warp(number / kWorkSlots % 2 ^ 1);
   store_shared_128(work_slot<kHeadDim>(shared_base, number),
-                   make_uint4(work.batch, work.head_k, work.column_tile, 0));  // all lanes the same: each can read it
+                   make_uint4(work.batch, work.head_k, work.column_tile,
+                              work.first_row_tile));  // all lanes the same: each can read it
   barriers.work_full(number % kWorkSlots).arrive_warp();
 }
 
