@@ -1,15 +1,19 @@
 // The block-list kernel: one launch classifies every pair of tiles of every mask head.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "launch.h"
 #include "launch_kernel.cuh"
+#include "multiprocessors.h"
 #include "tile_lists.cuh"
 
 namespace flashmask {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 32;  // one for each column tile: all bounds are asked for at once
 constexpr int kTilesPerBlock = 32;
+constexpr int kRowTilesPerWarp = 2;  // if there are multiprocessors for that
 
 __device__ __forceinline__ int warp_min(int value) { return __reduce_min_sync(kAllLanes, value); }
 __device__ __forceinline__ int warp_max(int value) { return __reduce_max_sync(kAllLanes, value); }
@@ -37,6 +41,7 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
     const int column_begin = (first_tile + slot) * lists.tile_columns;
     const int column_end = min(column_begin + lists.tile_columns, op.seqlen_k);
     ColumnTileSummary summary;
+#pragma unroll 4
     for (int column = column_begin + lane; column < column_end; column += 32) {
       const int32_t* bounds = op.bounds + (mask_head * op.seqlen_k + column) * op.num_bounds;
       summary.add(column_mask(bounds, op.num_bounds, op.causal, column, op.seqlen_q, op.seqlen_k));
@@ -92,8 +97,14 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
 }  // namespace
 
 cudaError_t launch_tile_lists(const KernelParams& p, cudaStream_t stream) {
-  const int row_shares = p.lists.row_tiles >= 256 ? 4 : 1;
-  const dim3 grid(p.lists.column_words * p.op.batch * p.op.heads_mask, row_shares);
+  const int blocks = p.lists.column_words * p.op.batch * p.op.heads_mask;
+  if (blocks == 0) return cudaSuccess;
+  const int tiles_per_share = kWarps * kRowTilesPerWarp;
+  // Every block makes the summaries of its column tiles for itself: not more blocks than run at once.
+  int all = blocks * ((p.lists.row_tiles + tiles_per_share - 1) / tiles_per_share);
+  const cudaError_t status = limit_to_multiprocessors(&all);
+  if (status != cudaSuccess) return status;
+  const dim3 grid(blocks, std::max(1, all / blocks));
   return launch_kernel(tile_list_kernel, grid, kWarps * 32, 0, stream, p);
 }
 
