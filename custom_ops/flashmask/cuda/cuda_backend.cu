@@ -140,7 +140,8 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->prepared = p->work_counter + 2;
   p->finished = p->prepared + heads_q;
   int32_t* row_front = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_k);
-  if (!op.deterministic && !needs_lists(op) && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) {
+  const bool masked = op.causal || needs_lists(op);  // their column tiles differ in length, and stay together anyway
+  if (!op.deterministic && !masked && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) {
     p->row_front = row_front;
   }
   if (op.deterministic) {
