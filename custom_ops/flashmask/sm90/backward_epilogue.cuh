@@ -32,7 +32,7 @@ __device__ __forceinline__ void store_gradient(const CUtensorMap& map, uint32_t 
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     store_box(map, place + panel * Tile::kPanelBytes, panel * Tile::kPanel, block.column_begin + first_key,
-              block.head_k, block.batch);
+              block.head_k, block.batch, kEvictFirst);
   }
 }
 __device__ __forceinline__ void finish_stores() {

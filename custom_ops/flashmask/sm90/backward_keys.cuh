@@ -10,6 +10,8 @@
 
 namespace flashmask::sm90 {
 
+// K and V of a column tile are read by its block alone.
+
 // By one thread.
 template <int kHeadDim>
 __device__ __forceinline__ void load_k(const BackwardMaps& maps, const BackwardBlock& block, uint32_t shared_base) {
@@ -20,7 +22,7 @@ __device__ __forceinline__ void load_k(const BackwardMaps& maps, const BackwardB
 #pragma unroll
   for (int panel = 0; panel < KTile::kPanels; ++panel) {
     load_box(shared_base + Layout::kK + panel * KTile::kPanelBytes, maps.k, barrier.address, panel * KTile::kPanel,
-             block.column_begin, block.head_k, block.batch);
+             block.column_begin, block.head_k, block.batch, kEvictFirst);
   }
 }
 
@@ -35,7 +37,8 @@ __device__ __forceinline__ void load_v(const BackwardMaps& maps, const BackwardB
 #pragma unroll
   for (int panel = 0; panel < KTile::kPanels; ++panel) {
     load_box(shared_base + Layout::kV + panel * KTile::kPanelBytes + consumer * 64 * KTile::kRowBytes, maps.v,
-             barrier.address, panel * KTile::kPanel, block.column_begin + consumer * 64, block.head_k, block.batch);
+             barrier.address, panel * KTile::kPanel, block.column_begin + consumer * 64, block.head_k, block.batch,
+             kEvictFirst);
   }
 }
 
@@ -45,9 +48,9 @@ __device__ __forceinline__ void prefetch_keys(const BackwardMaps& maps, const Ba
 #pragma unroll
   for (int panel = 0; panel < KTile::kPanels; ++panel) {
     const int dim = panel * KTile::kPanel, key = block.column_begin;
-    prefetch_box(maps.k, dim, key, block.head_k, block.batch);
-    prefetch_box(maps.v, dim, key, block.head_k, block.batch);
-    if (key + 64 < seqlen_k) prefetch_box(maps.v, dim, key + 64, block.head_k, block.batch);
+    prefetch_box(maps.k, dim, key, block.head_k, block.batch, kEvictFirst);
+    prefetch_box(maps.v, dim, key, block.head_k, block.batch, kEvictFirst);
+    if (key + 64 < seqlen_k) prefetch_box(maps.v, dim, key + 64, block.head_k, block.batch, kEvictFirst);
   }
 }
 

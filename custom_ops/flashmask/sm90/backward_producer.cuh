@@ -130,7 +130,8 @@ __device__ __forceinline__ void bring_row_tile(const KernelParams& p, const Back
     if (item.kind == WorkItem::kPrepareRows) {
 #pragma unroll
       for (int panel = 0; panel < QTile::kPanels; ++panel) {
-        load_box(place + panel * QTile::kPanelBytes, map, barrier.address, panel * QTile::kPanel, row, head, batch);
+        load_box(place + panel * QTile::kPanelBytes, map, barrier.address, panel * QTile::kPanel, row, head, batch,
+                 part == 0 ? kEvictFirst : kKeepNormal);  // dO is read again by column tiles
       }
     } else {
       const float* sums = p.dq_accumulator + (static_cast<int64_t>(batch_head) * p.padded_rows + row) * kHeadDim;

@@ -155,9 +155,9 @@ struct RowItem {
 #pragma unroll
       for (int n = 0; n < kChunks; ++n) {
         if (first_dim + n * 32 < p.op.head_dim) {
-          if (row < p.op.seqlen_q) *reinterpret_cast<uint4*>(dq + n * 32) = rotated(upper[n], t);
+          if (row < p.op.seqlen_q) store_global_128(dq + n * 32, rotated(upper[n], t), kEvictFirst);
           if (row + 8 < p.op.seqlen_q) {
-            *reinterpret_cast<uint4*>(dq + 8 * p.op.dq.seq_stride + n * 32) = rotated(lower[n], t);
+            store_global_128(dq + 8 * p.op.dq.seq_stride + n * 32, rotated(lower[n], t), kEvictFirst);
           }
         }
       }

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "cache_policy.cuh"
+
 namespace flashmask::sm90 {
 
 // What was written before a counter was counted up is visible to who has seen that.
@@ -48,6 +50,11 @@ __device__ __forceinline__ void add_fragment(float* place, const float (&c)[4], 
 __device__ __forceinline__ void store_global_128(void* place, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                "r"(words[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_global_128(void* place, const uint4& words, CachePolicy policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;\n" ::"l"(place), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w), "l"(static_cast<uint64_t>(policy))
                : "memory");
 }
 

@@ -5,6 +5,8 @@
 #include <cuda.h>
 #include <stdint.h>
 
+#include "cache_policy.cuh"
+
 namespace flashmask::sm90 {
 
 // A box of `map` (one panel wide, its rows high) whose first element is (dim, row, head, batch). Completes on
@@ -18,12 +20,23 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-// To the L2 cache only.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int dim, int row, int head, int batch) {
+__device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier, int dim,
+                                         int row, int head, int batch, CachePolicy policy) {
   asm volatile(
-      "cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];\n" ::"l"(reinterpret_cast<uint64_t>(&map)),
-      "r"(dim), "r"(row), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(dim), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<uint64_t>(policy))
       : "memory");
+}
+
+// To the L2 cache only.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int dim, int row, int head, int batch,
+                                             CachePolicy policy = kKeepNormal) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;\n" ::"l"(
+                   reinterpret_cast<uint64_t>(&map)),
+               "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(static_cast<uint64_t>(policy))
+               : "memory");
 }
 
 // The way back; elements outside the tensor are not written.
@@ -33,6 +46,15 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t sourc
                    reinterpret_cast<uint64_t>(&map)),
                "r"(source), "r"(dim), "r"(row), "r"(head), "r"(batch)
                : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int dim, int row, int head,
+                                          int batch, CachePolicy policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;\n" ::"l"(
+          reinterpret_cast<uint64_t>(&map)),
+      "r"(source), "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(static_cast<uint64_t>(policy))
+      : "memory");
 }
 
 // `bytes` (a multiple of 16) of consecutive memory to shared memory; both addresses are multiples of 16.

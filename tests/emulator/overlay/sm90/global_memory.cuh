@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cache_policy.cuh"
+
 namespace flashmask::sm90 {
 
 inline int32_t read_count(const int32_t* counter) {
@@ -25,6 +27,10 @@ inline void add_fragment(float* place, const float (&c)[4], float scale) {
 inline void store_global_128(void* place, const uint32_t (&words)[4]) {
   if (reinterpret_cast<uintptr_t>(place) % 16 != 0) emulator::fail("a store of 16 bytes at %p", place);
   memcpy(place, words, 16);
+}
+inline void store_global_128(void* place, const uint4& words, CachePolicy) {
+  const uint32_t four[4] = {words.x, words.y, words.z, words.w};
+  store_global_128(place, four);
 }
 
 }  // namespace flashmask::sm90
