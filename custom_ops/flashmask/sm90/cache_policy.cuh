@@ -9,7 +9,6 @@ namespace flashmask::sm90 {
 enum CachePolicy : uint64_t {
   kKeepNormal = 0x1000000000000000,
   kEvictFirst = 0x12F0000000000000,  // not used again: it should push nothing else out
-  kEvictLast = 0x14F0000000000000,
 };
 
 }  // namespace flashmask::sm90
