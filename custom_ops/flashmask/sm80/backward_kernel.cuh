@@ -7,6 +7,7 @@
 
 #include "../cuda/element.cuh"
 #include "../cuda/launch.h"
+#include "../cuda/launch_kernel.cuh"
 #include "../cuda/row_bits.cuh"
 #include "backward_rows.cuh"
 #include "dropout.cuh"
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   constexpr int kDqDTiles = kHeadDim / 8 / kDqDimWarps;
   static_assert(kDqMTiles >= 1 && kDqDTiles % 2 == 0 && kDTiles % 2 == 0 && kNTiles % 2 == 0);
 
-  extern __shared__ __align__(128) char shared[];
+  FLASHMASK_DYNAMIC_SHARED(shared);
   const uint32_t shared_base = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int key_warp = warp % Config::kKeyWarps, dim_warp = warp / Config::kKeyWarps;
@@ -439,12 +440,9 @@ cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
   const auto kernel =
       p.op.dropout > 0 ? backward_kernel<T, kHeadDim, true, Config> : backward_kernel<T, kHeadDim, false, Config>;
   constexpr int kShared = BackwardLayout<kHeadDim, Config>::kBytes;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (status != cudaSuccess) return status;
   const int blocks = p.lists.column_tiles * p.op.batch * p.op.heads_k;
   if (blocks == 0) return cudaSuccess;
-  kernel<<<blocks, Config::kThreads, kShared, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, Config::kThreads, kShared, stream, p);
 }
 
 template <typename T, int kHeadDim>

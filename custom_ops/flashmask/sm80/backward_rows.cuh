@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../cuda/element.cuh"
+#include "../cuda/launch_kernel.cuh"
 #include "ptx.cuh"
 
 namespace flashmask::sm80 {
@@ -95,16 +96,14 @@ template <typename T, int kHeadDim>
 cudaError_t launch_prepare_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t blocks = static_cast<int64_t>(p.op.batch) * p.op.heads_q * (p.padded_rows / kRowsPerBlock);
   if (blocks == 0) return cudaSuccess;
-  prepare_rows_kernel<T, kHeadDim><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(prepare_rows_kernel<T, kHeadDim>, static_cast<unsigned>(blocks), 256, 0, stream, p);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_finish_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows / 16 * kHeadDim;
   if (items == 0) return cudaSuccess;
-  finish_rows_kernel<T, kHeadDim><<<static_cast<unsigned>((items + 255) / 256), 256, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(finish_rows_kernel<T, kHeadDim>, static_cast<unsigned>((items + 255) / 256), 256, 0, stream, p);
 }
 
 // Waits until all later column tiles that touch this row tile have added their part of dQ.
@@ -123,12 +122,7 @@ __device__ __forceinline__ void wait_for_turn(const KernelParams& p, const int32
       before += __popc(active);
     }
     before = __reduce_add_sync(kAllLanes, before);
-    if (lane == 0) {
-      int seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(turn) : "memory");
-      } while (seen != before);
-    }
+    if (lane == 0) wait_for_count(turn, before);
   }
   __syncthreads();
 }
@@ -136,9 +130,7 @@ __device__ __forceinline__ void wait_for_turn(const KernelParams& p, const int32
 __device__ __forceinline__ void pass_turn(int32_t* turn, int thread) {
   __threadfence();
   __syncthreads();
-  if (thread == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(turn) : "memory");
-  }
+  if (thread == 0) count_up(turn);
 }
 
 }  // namespace flashmask::sm80

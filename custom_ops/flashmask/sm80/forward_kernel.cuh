@@ -3,6 +3,7 @@
 
 #include "../cuda/element.cuh"
 #include "../cuda/launch.h"
+#include "../cuda/launch_kernel.cuh"
 #include "../cuda/row_bits.cuh"
 #include "dropout.cuh"
 #include "shared_tile.cuh"
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
   constexpr int kRowsPerThread = 2 * kMTiles;
   static_assert(kRowsPerWarp == 16 || kRowsPerWarp == 32);
 
-  extern __shared__ __align__(128) char shared[];
+  FLASHMASK_DYNAMIC_SHARED(shared);
   const uint32_t shared_base = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const FlashmaskParams& op = p.op;
@@ -335,11 +336,8 @@ cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   const auto kernel = p.op.dropout > 0 ? forward_kernel<T, kHeadDim, true> : forward_kernel<T, kHeadDim, false>;
   constexpr int kShared = ForwardLayout<kHeadDim>::kBytes;
   static_assert(kShared <= 99 * 1024, "what every device of capability 8.0 and newer grants a block");
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (status != cudaSuccess) return status;
   const int blocks = p.lists.row_tiles * p.op.batch * p.op.heads_q;
-  kernel<<<blocks, Config::kThreads, kShared, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, Config::kThreads, kShared, stream, p);
 }
 
 }  // namespace flashmask::sm80

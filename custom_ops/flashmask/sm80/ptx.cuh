@@ -6,6 +6,9 @@
 
 #include "../cuda/instructions.cuh"
 
+// A block's dynamic shared memory.
+#define FLASHMASK_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+
 namespace flashmask::sm80 {
 
 // Asynchronous copy to shared memory; writes zeros and reads nothing when `valid` is false.
@@ -87,6 +90,18 @@ __device__ __forceinline__ void add_accumulator(float* tile, int lane, const flo
     asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(tile + accumulator_offset(lane, i)), "f"(c[i]) : "memory");
   }
 #endif
+}
+
+// Counters in global memory. What all threads wrote before they met at a barrier, and one of them counted up, is
+// visible to those that meet at a barrier who has seen it.
+__device__ __forceinline__ void wait_for_count(const int32_t* counter, int32_t value) {
+  int32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < value);
+}
+__device__ __forceinline__ void count_up(int32_t* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 
 // Two products with neighbouring column tiles; b = their operands as ldmatrix gives them.
