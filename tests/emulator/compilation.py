@@ -1,4 +1,4 @@
-"""Builds the Hopper kernels for the emulated machine: one shared library for a direction and head dim."""
+"""Builds kernels for the emulated machine: one shared library for an architecture, direction and head dim."""
 
 from __future__ import annotations
 
@@ -31,21 +31,25 @@ class Builder:
         assert CACHE[0] in text
         backend.write_text(text.replace(*CACHE))
         machine = [(HERE / f"{name}.cpp", "-O3") for name in ("scheduler", "synchronisation", "copy_engine")]
+        machine += [(HERE / "warp_matrices.cpp", "-O3")]
         machine += [(HERE / "tensor_cores.cpp", "-O3"), (HERE / "entry.cpp", "-O2")]
         host = [(self.source / "cuda" / name, "-O2") for name in ("cuda_backend.cu", "tile_lists.cu")]
         self.common = [self._compile(source, level) for source, level in machine + host]
 
-    def library(self, direction: str, head_dim: int, dtypes: tuple[str, ...] = ("bf16", "fp16")) -> Path:
+    def library(
+        self, direction: str, head_dim: int, dtypes: tuple[str, ...] = ("bf16", "fp16"), arch: str = "sm90"
+    ) -> Path:
         """Compiles the kernels of "forward" or "backward" for one head dim; returns the library's path."""
-        name = f"{direction}_{head_dim}"
+        name = f"{direction}_{head_dim}" + ("" if arch == "sm90" else f"_{arch}")
         generated = self.folder / name
         generated.mkdir()
         table, objects = "", []
         for dtype in dtypes:
             type_, enumerator = TYPES[dtype]
-            table += f"FLASHMASK_{direction.upper()}(sm90, 90, 90, {enumerator}, {type_}, {head_dim})\n"
+            capabilities = "90, 90" if arch == "sm90" else "80, 90"
+            table += f"FLASHMASK_{direction.upper()}({arch}, {capabilities}, {enumerator}, {type_}, {head_dim})\n"
             text = (self.source / "cuda" / "instance.cu.in").read_text()
-            values = {"ARCH": "sm90", "DIRECTION": direction, "TYPE": type_, "HEAD_DIM": str(head_dim)}
+            values = {"ARCH": arch, "DIRECTION": direction, "TYPE": type_, "HEAD_DIM": str(head_dim)}
             for key, value in values.items():
                 text = text.replace(f"@{key}@", value)
             instance = generated / f"instance_{dtype}.cu"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from paddle_flashmask import _core, masks
 
 # Fault of machine.h.
 NO_FAULT, BARRIER_WAIT, NAMED_BARRIER, PROXY_FENCE, STORE_WAIT, WGMMA_WAIT, WGMMA_BEGIN, ARRIVAL, COUNT_WAIT = range(9)
+COPY_WAIT = 9
+LIMIT = 8.0  # roundings, see Problem.noise; 5.4 was the largest of 2,000 cases
 
 
 class EmulatedError(RuntimeError):
@@ -65,6 +69,7 @@ class Problem:
     scale: float | None = None
     no_skip: bool = False
     deterministic: bool = False
+    dropout: float = 0.0
     seed: int = 0
     schedule: int = 0
     blocks: int = 2
@@ -86,6 +91,11 @@ class Problem:
             shape = (self.b, self.h_m, -(-self.s_q // 128), -(-self.s_k // 128))
             self.blocked = (rng.random(shape) < 0.6).astype(np.int32)
         self.true_scale = self.d**-0.5 if self.scale is None else self.scale
+        self.keep, self.keep_scale = None, 1.0
+        if self.dropout:
+            self.keep, self.keep_scale = reference.dropout_keep(
+                self.dropout, *self.philox, self.b, self.h_q, self.s_q, self.s_k
+            )
         self.expected = self._expected()
 
     def store(self, array: np.ndarray) -> np.ndarray:
@@ -95,14 +105,18 @@ class Problem:
         """NaN: what the kernels leave out will show."""
         return self.store(np.full(shape, np.nan, np.float32))
 
+    @property
+    def philox(self) -> tuple[int, int]:
+        return self.seed, self.seed // 3
+
     def visible(self) -> np.ndarray:
         return masks.to_dense(self.bounds, self.causal, self.s_q, self.s_k, self.blocked)
 
     def _expected(self) -> dict[str, np.ndarray]:
         q, k, v, dout = (self.values[name] for name in ("q", "k", "v", "dout"))
         visible = self.visible()
-        out, lse = reference.attention(q, k, v, visible, self.true_scale)
-        dq, dk, dv = reference.attention_grads(q, k, v, visible, self.true_scale, dout)
+        out, lse = reference.attention(q, k, v, visible, self.true_scale, self.keep, self.keep_scale)
+        dq, dk, dv = reference.attention_grads(q, k, v, visible, self.true_scale, dout, self.keep, self.keep_scale)
         return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
     @functools.cached_property
@@ -120,7 +134,8 @@ class Problem:
         visible = reference.per_query_head(self.visible(), self.h_q, axis=1)
         lse = np.where(np.isfinite(expected["lse"]), expected["lse"], 0.0)[..., None]
         p = np.where(visible, np.exp(np.where(visible, q @ k.swapaxes(2, 3) * self.true_scale - lse, 0.0)), 0.0)
-        ds = p * (dout @ v.swapaxes(2, 3) - (out * dout).sum(-1, keepdims=True))
+        factor = 1.0 if self.keep is None else self.keep * self.keep_scale
+        ds = p * (dout @ v.swapaxes(2, 3) * factor - (out * dout).sum(-1, keepdims=True))
         # P and dS are rounded, and so was `out`, from which delta comes.
         ds2 = (2 * ds**2 + p**2 * ((out * dout) ** 2).sum(-1, keepdims=True)) * self.true_scale**2
 
@@ -128,10 +143,10 @@ class Problem:
             return squares.reshape(self.b, self.h_k, -1, *squares.shape[2:]).sum(2)
 
         squares = {
-            "out": p**2 @ v**2,
+            "out": (p * factor) ** 2 @ v**2,
             "dq": ds2 @ k**2,
             "dk": shared(ds2.swapaxes(2, 3) @ q**2),
-            "dv": shared((p**2).swapaxes(2, 3) @ dout**2),
+            "dv": shared(((p * factor) ** 2).swapaxes(2, 3) @ dout**2),
         }
         noise = {name: np.sqrt(array).swapaxes(1, 2) + np.abs(expected[name]) for name, array in squares.items()}
         return noise | {"lse": np.ones_like(expected["lse"])}
@@ -170,7 +185,8 @@ class Problem:
         return self.backward(library, fault) if library.direction == "backward" else self.forward(library, fault)
 
     def _params(self, out: np.ndarray, lse: np.ndarray) -> _core.Params:
-        self._alive: Any = (out, lse)
+        seed_offset = np.array(self.philox, np.int64)
+        self._alive: Any = (out, lse, seed_offset)
         return _core.Params(
             abi_version=_core.ABI_VERSION,
             device=_core.CUDA,
@@ -186,6 +202,8 @@ class Problem:
             causal=self.causal,
             num_bounds=self.n,
             deterministic=self.deterministic,
+            dropout=self.dropout,
+            seed_offset=seed_offset.ctypes.data,
             flags=_core.FLAG_NO_SKIP if self.no_skip else 0,
             softmax_scale=self.true_scale,
             q=_view(self.stored["q"]),
@@ -197,6 +215,26 @@ class Problem:
             bounds=None if self.bounds is None else self.bounds.ctypes.data,
             block_mask=None if self.blocked is None else self.blocked.ctypes.data,
         )
+
+
+def is_noticed(case: Problem, library: Emulated, fault: tuple[int, int]) -> bool:
+    """Whether a fault gives an error, wrong values or a crash; in a process of its own, which it may ruin.
+
+    In the deterministic mode other bits than without the fault are wrong, too.
+    """
+    _ = case.noise
+    exact = case.run(library) if case.deterministic else {}
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            got = case.run(library, fault)
+            code = int(max(case.errors(got).values()) >= LIMIT)
+            code |= any(array.tobytes() != got[name].tobytes() for name, array in exact.items())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
 
 
 def load(array: np.ndarray) -> np.ndarray:

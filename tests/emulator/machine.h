@@ -25,6 +25,7 @@ enum class Fault : int {
   kWgmmaBegin = 6,    // wgmma_begin does nothing
   kArrival = 7,       // arrivals at this mbarrier get lost
   kCountWait = 8,     // waits for a counter in global memory to reach this value return at once
+  kCopyWait = 9,      // waits for cp.async leave one group more unfinished
 };
 
 struct Options {
@@ -59,6 +60,17 @@ void store_shared(uint32_t address, const void* value, int bytes);
 void load_shared(void* value, uint32_t address, int bytes);
 void store_matrix(uint32_t address, const uint32_t (&fragment)[4]);
 void fence_async_proxy();
+
+char* shared_data();  // where address kSharedBase is, for kernels that use pointers into their shared memory
+
+// cp.async: done when it is waited for. NaN stands there until then.
+void copy_async(uint32_t destination, const void* source, int bytes, bool valid);
+void commit_copies();
+void wait_copies(int pending);
+
+// Matrix instructions of a warp.
+void load_matrix(uint32_t (&fragment)[4], uint32_t address, bool transposed);
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16);
 
 void init_barrier(uint32_t address, int arrivals);
 void publish_barriers();

@@ -64,6 +64,7 @@ void run_thread() {
   if (me.warp->arrived > 0) fail("exits while other lanes of its warp wait in %s", me.warp->collective);
   if (!me.products.empty() || !me.warp->product_groups.empty()) fail("exits with unfinished products");
   if (!me.stores.empty()) fail("exits with uncommitted stores");
+  if (!me.copies.empty() || !me.copy_groups.empty()) fail("exits with copies that were not waited for");
   me.state = State::kDone;
   --me.warp->ready;
   ++me.warp->done;

@@ -48,6 +48,13 @@ struct Thread {
   std::vector<Product> products;
   std::vector<BulkOperation> stores;
   std::deque<std::shared_ptr<BulkGroup>> store_groups;
+  std::vector<std::function<void()>> copies;  // cp.async that was not committed
+  std::deque<std::vector<std::function<void()>>> copy_groups;
+  struct {
+    float* c;
+    const uint32_t *a, *b;
+  } mma;
+
   std::vector<uint32_t> unfenced;     // 16-byte chunks of shared memory
   std::vector<uint32_t> unpublished;  // barriers
 };

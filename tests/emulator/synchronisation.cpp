@@ -56,6 +56,8 @@ void load_shared(void* value, uint32_t address, int bytes) {
   memcpy(value, current->block->shared_at(address, bytes), bytes);
 }
 
+char* shared_data() { return reinterpret_cast<char*>(current->block->shared.data()) + kSharedBase; }
+
 void store_matrix(uint32_t address, const uint32_t (&fragment)[4]) {
   check_aligned(address, 16);
   // Lane l holds pair l % 4 of row l / 4 of each matrix; lane 8i + r names the place of row r of matrix i.
