@@ -73,6 +73,11 @@ struct BackwardLayout {
   static constexpr int kBytes = kBounds + Config::kColumns * 16;
 };
 
+template <bool kCondition>
+__device__ __forceinline__ uint32_t opaque_if(uint32_t value) {
+  return kCondition ? opaque(value) : value;
+}
+
 template <typename T, int kHeadDim, bool kDropout, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     backward_kernel(const __grid_constant__ KernelParams p) {
@@ -91,6 +96,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   constexpr int kDqRowWarps = Config::kWarps / kDqDimWarps;
   constexpr int kDqMTiles = Config::kRows / 16 / kDqRowWarps;
   constexpr int kDqDTiles = kHeadDim / 8 / kDqDimWarps;
+  // What is worked out anew in every step. The compiler would rather keep it, in registers that the main loop lacks;
+  // where it pays was found by looking at what ptxas spills (docs/sm80-kernel.md).
+  constexpr bool kFreshDq = kHeadDim == 256, kFreshProducts = !kFreshDq;      // addresses of their operands
+  constexpr bool kFreshMask = kHeadDim <= 128 && kDropout == kThroughShared;  // a thread's place in the mask
+  constexpr bool kFreshDropout = kHeadDim <= 96 || kHeadDim == 256;           // and in the dropout bits
   static_assert(kDqMTiles >= 1 && kDqDTiles % 2 == 0 && kDTiles % 2 == 0 && kNTiles % 2 == 0);
 
   FLASHMASK_DYNAMIC_SHARED(shared);
@@ -145,14 +155,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
 
   for (int head = head_k * heads_per_key; head < (head_k + 1) * heads_per_key; ++head) {
-    const int64_t batch_head = static_cast<int64_t>(batch) * op.heads_q + head;
-    const int64_t mask_index = static_cast<int64_t>(batch) * op.heads_mask + mask_head(head, op.heads_q, op.heads_mask);
+    const int batch_head = batch * op.heads_q + head;
+    const int mask_index = batch * op.heads_mask + mask_head(head, op.heads_q, op.heads_mask);
 
     __syncthreads();  // all are done with the previous head's bounds, Q and dO
     for (int key = thread; key < Config::kColumns; key += Config::kThreads) {
       int4 intervals = make_int4(0, INT32_MAX, kEmptyStart, kEmptyEnd);  // past the end: masked everywhere
       if (key < columns_valid) {
-        const int32_t* bounds = op.bounds + (mask_index * op.seqlen_k + column_begin + key) * op.num_bounds;
+        const int32_t* bounds =
+            op.bounds + (static_cast<int64_t>(mask_index) * op.seqlen_k + column_begin + key) * op.num_bounds;
         const ColumnMask mask =
             column_mask(bounds, op.num_bounds, op.causal, column_begin + key, op.seqlen_q, op.seqlen_k);
         intervals = make_int4(mask.lower.start, mask.lower.end, mask.upper.start, mask.upper.end);
@@ -163,7 +174,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     const auto words = [&](int index) {
       if (p.lists.by_column == nullptr)
         return rows_of_column_tile<Config::kRows, Config::kColumns>(p, column_tile).word(index);
-      return p.lists.by_column[(mask_index * column_tiles + column_tile) * p.lists.row_words + index];
+      return p.lists
+          .by_column[(static_cast<int64_t>(mask_index) * column_tiles + column_tile) * p.lists.row_words + index];
     };
     TileWalker<decltype(words)> walker(words, p.lists.row_words);
 
@@ -177,7 +189,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
                         op.dout.seq_stride, op.seqlen_q - row, op.head_dim_v, thread);
       constexpr int kChunks = Config::kRows / 4;
       if (thread < 2 * kChunks) {
-        const float* source = (thread < kChunks ? p.query_lse : p.query_delta) + batch_head * p.padded_rows + row;
+        const float* source =
+            (thread < kChunks ? p.query_lse : p.query_delta) + static_cast<int64_t>(batch_head) * p.padded_rows + row;
         copy_async_16(shared_base + Layout::kRowData + stage * 2 * Config::kRows * 4 + thread * 16,
                       source + thread % kChunks * 4, true);
       }
@@ -217,10 +230,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
           }
         }
       };
-      product(scores, k_lanes, q_stage);
+      product(scores, opaque_if<kFreshProducts>(k_lanes), opaque_if<kFreshProducts>(q_stage));
 
       if (partial) {
         constexpr int kWords = (kNTiles + 3) / 4;  // 32 queries each
+        const int lane = static_cast<int>(opaque_if<kFreshMask>(thread)) % 32;
         // A thread's keys are g and g + 8 of each 16; its queries 8n + 2t and the next.
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
@@ -259,11 +273,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
         }
       }
 
-      product(dp, k_lanes + kVMinusK, q_stage + kDoMinusQ);
+      product(dp, opaque_if<kFreshProducts>(k_lanes) + kVMinusK, opaque_if<kFreshProducts>(q_stage) + kDoMinusQ);
 
       uint32_t kept[kMTiles][kNTiles];  // dropout: bit i tells of element i of the accumulator
       if constexpr (kDropout) {
         const DropoutKey key(op.seed_offset[0], op.seed_offset[1]);
+        const int lane = static_cast<int>(opaque_if<kFreshDropout>(thread)) % 32;
         // Eight cells (query, 8 keys) for eight threads: two n-tiles x two queries of a thread x two halves of a 16-key
         // tile. Cell bits: 0 = query of the pair, 1 = half, 2 = n-tile.
 #pragma unroll
@@ -274,7 +289,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
             const int row = row_begin + warp_query + (n + (cell >> 2)) * 8 + lane % 4 * 2 + (cell & 1);
             const int group8 = (column_begin + warp_key) / 8 + m * 2 + ((cell >> 1) & 1);
             uint32_t drawn[8];
-            trade_in_column(key.draw(static_cast<int>(batch_head), row, group8), lane, drawn);
+            trade_in_column(key.draw(batch_head, row, group8), lane, drawn);
             kept[m][n] = kept[m][n + 1] = 0;
 #pragma unroll
             for (int c = 0; c < 8; ++c) {
@@ -345,8 +360,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
           }
         }
       };
-      accumulate(dv, scores, Layout::kP, q_stage_transposed + kDoMinusQ);
-      accumulate(dk, dp, Layout::kDs, q_stage_transposed);
+      accumulate(dv, scores, Layout::kP, opaque_if<kFreshProducts>(q_stage_transposed) + kDoMinusQ);
+      accumulate(dk, dp, Layout::kDs, opaque_if<kFreshProducts>(q_stage_transposed));
 
       if constexpr (!kThroughShared || Config::kStages == 1) __syncthreads();  // dS is there, Q and dO are free
       if (Config::kStages == 1 && next_tile >= 0) load_rows(next_tile, 0);
@@ -355,8 +370,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       clear(dq);
       const int dq_row_warp = warp % kDqRowWarps, dq_dim_warp = warp / kDqRowWarps;
       {
-        const uint32_t ds_lanes = PTile::lanes_chunks_first(shared_base + Layout::kDs, lane);
-        const uint32_t k_lanes_transposed = KTile::lanes_rows_first(shared_base + Layout::kK, lane);
+        const uint32_t ds_lanes = opaque_if<kFreshDq>(PTile::lanes_chunks_first(shared_base + Layout::kDs, lane));
+        const uint32_t k_transposed = opaque_if<kFreshDq>(KTile::lanes_rows_first(shared_base + Layout::kK, lane));
 #pragma unroll
         for (int step = 0; step < Config::kColumns / 16; ++step) {
           uint32_t a[kDqMTiles][4];
@@ -367,17 +382,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 #pragma unroll
           for (int d = 0; d < kDqDTiles; d += 2) {
             uint32_t b[4];
-            load_matrix_transposed(b, KTile::moved(k_lanes_transposed, step * 16, dq_dim_warp * kDqDTiles + d));
+            load_matrix_transposed(b, KTile::moved(k_transposed, step * 16, dq_dim_warp * kDqDTiles + d));
 #pragma unroll
             for (int m = 0; m < kDqMTiles; ++m) mma_pair<T>(dq[m][d], dq[m][d + 1], a[m], b);
           }
         }
       }
 
-      int32_t* turn = p.turns + batch_head * p.lists.row_tiles + tile;
+      int32_t* turn = p.turns + static_cast<int64_t>(batch_head) * p.lists.row_tiles + tile;
       if (p.turns != nullptr)
         wait_for_turn<Config::kRows, Config::kColumns>(p, turn, mask_index, tile, column_tile, thread);
-      float* dq_rows = p.dq_accumulator + (batch_head * p.padded_rows + row_begin) * kHeadDim;
+      float* dq_rows = p.dq_accumulator + (static_cast<int64_t>(batch_head) * p.padded_rows + row_begin) * kHeadDim;
 #pragma unroll
       for (int m = 0; m < kDqMTiles; ++m) {
 #pragma unroll
