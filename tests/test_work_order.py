@@ -60,7 +60,8 @@ def test_all_work_once_and_rows_before_their_columns(seed: int, list_work: List)
     is_column, number = list_work(sizes, 0, total + 200)
     for kind, count in ((is_column, columns * heads), (~is_column, rows * heads)):
         np.testing.assert_array_equal(number[:total][kind[:total]], np.arange(count))
-    assert is_column[total:].all() and (number[total:] >= columns * heads).all()  # the sign that none is left
+    assert is_column[total:].all()
+    assert (number[total:] >= columns * heads).all()
     rows_before = np.cumsum(~is_column)[:total][is_column[:total]]
     groups = np.arange(columns * heads) // (columns * group)
     assert (rows_before >= np.minimum((groups + 1) * group, heads) * rows).all()
@@ -87,10 +88,12 @@ def test_as_many_as_numbers_have_room_for(list_work: List) -> None:
             is_column, number = list_work(sizes, first, 1000)
             for kind in (is_column, ~is_column):
                 assert (np.diff(number[kind]) == 1).all()
-            assert (number < np.where(is_column, columns * heads, rows * heads)).all() and (number >= 0).all()
+            assert (number < np.where(is_column, columns * heads, rows * heads)).all()
+            assert (number >= 0).all()
             if is_column.any() and not is_column.all():
                 column = number[is_column][0]
                 rows_before = number[~is_column][0] + (~is_column)[: np.argmax(is_column)].sum()
                 assert rows_before >= (column // (columns * group) + 1) * group * rows
         last_column, last = list_work(sizes, total - 1, 1)
-        assert last_column[0] and last[0] == columns * heads - 1
+        assert last_column[0]
+        assert last[0] == columns * heads - 1
