@@ -195,7 +195,13 @@ struct WorkBringer {
     if (threadIdx.x % 32 == 0) before = atomicAdd(counter, 1);
     return __shfl_sync(kAllLanes, before, 0);
   }
-  __device__ __forceinline__ void take_claim() { store_shared_32(claim_place(), count_on(p.finish_counter)); }
+  // All lanes write the same and may read it afterwards; none is to be a write behind.
+  __device__ __forceinline__ void take_claim() {
+    const int claim = count_on(p.finish_counter);
+    __syncwarp();
+    store_shared_32(claim_place(), claim);
+    __syncwarp();
+  }
   __device__ __forceinline__ bool has_claim() const {
     return claim() < p.op.batch * p.op.heads_q * static_cast<int>(opaque(p.row_items));
   }
@@ -218,13 +224,16 @@ struct WorkBringer {
       if (next.kind == WorkItem::kNothing) state |= kNoTickets;
     }
     if (next.kind == WorkItem::kNothing && has_claim()) next = {WorkItem::kFinishRows, row_item_place(p, claim())};
+    __syncwarp();
     store_shared_128(place(state + 1),
                      make_uint4(next.kind, next.place.batch, next.place.head_k, next.place.column_tile));
+    __syncwarp();
   }
 
   __device__ __forceinline__ void run() {
     take_claim();
     store_shared_32(place(state), WorkItem::kNothing);  // before the first
+    __syncwarp();
     do {
       if (kind() == WorkItem::kColumnTile) {
         wait_for_rows(p, block());
