@@ -51,7 +51,7 @@ struct KernelParams {
   WorkOrder order;
   int32_t* finish_counter;  // how many pieces to finish were given to blocks, behind work_counter
   int32_t* prepared;        // [batch * heads_q]: counts of what is prepared, behind that
-  int32_t* finished;  // [batch * heads_k]: counts of column tiles that have added their dQ, behind that
+  int32_t* finished;        // [batch * heads_k]: counts of column tiles that have added their dQ, behind that
   int32_t padded_rows;
   float* query_lse;    // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;  // [batch * heads_q, padded_rows]: sum(dout * out)

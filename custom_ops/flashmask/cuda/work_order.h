@@ -1,4 +1,5 @@
-// The order in which a persistent kernel hands out two sorts of work, of which one depends on the other: pure arithmetic.
+// The order in which a persistent kernel hands out two sorts of work, of which one depends on the other: pure
+// arithmetic.
 #pragma once
 
 #include <stdint.h>
@@ -10,8 +11,8 @@
 namespace flashmask {
 
 // Columns (of which a head has `columns`) need all rows (row items: `rows` a head) of their group of heads before them;
-// both are numbered group by group. The first `ahead` tickets are rows, and then both are spread evenly, until there are
-// only columns left: so at any time some blocks are at rows, which move memory, while most compute.
+// both are numbered group by group. The first `ahead` tickets are rows, and then both are spread evenly, until there
+// are only columns left: so at any time some blocks are at rows, which move memory, while most compute.
 struct WorkOrder {
   int32_t ahead;
   int32_t rows_after;     // rows that are not among those
@@ -34,8 +35,8 @@ inline WorkOrder make_work_order(int64_t columns, int64_t rows, int64_t heads, i
   return order;
 }
 
-// With c columns among the tickets before, there are at least c * rows / columns rows among them (and `ahead`): c is the
-// share of their number, rounded down, and a ticket is a column if that grows with it.
+// With c columns among the tickets before, there are at least c * rows / columns rows among them (and `ahead`): c is
+// the share of their number, rounded down, and a ticket is a column if that grows with it.
 FLASHMASK_HD OrderedWork in_order(const WorkOrder& order, int32_t ticket) {
   if (ticket < order.ahead) return {false, ticket};
   ticket -= order.ahead;

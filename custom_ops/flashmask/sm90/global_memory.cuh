@@ -53,8 +53,8 @@ __device__ __forceinline__ void store_global_128(void* place, const uint32_t (&w
                : "memory");
 }
 __device__ __forceinline__ void store_global_128(void* place, const uint4& words, CachePolicy policy) {
-  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;\n" ::"l"(place), "r"(words.x),
-               "r"(words.y), "r"(words.z), "r"(words.w), "l"(static_cast<uint64_t>(policy))
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;\n" ::"l"(place), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w), "l"(static_cast<uint64_t>(policy))
                : "memory");
 }
 
