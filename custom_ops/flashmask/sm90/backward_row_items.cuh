@@ -56,6 +56,8 @@ struct RowItem {
       barriers.do_full(dout->stage).wait(dout->parity);
       use(first_tile + i, base + Layout::kQ + q->stage * QTile::kBytes,
           base + Layout::kDo + dout->stage * QTile::kBytes, [&] {
+            // An arrival does not wait for loads that are still on their way: the copy engine would overtake them.
+            finish_reads_before_async_proxy();
             barriers.q_empty(q->stage).arrive_warp();
             barriers.do_empty(dout->stage).arrive_warp();
           });

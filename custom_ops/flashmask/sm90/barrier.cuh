@@ -109,6 +109,11 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // follows makes it so for all threads).
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
+// The same fence the other way round: after it, what this thread has loaded from shared memory is in registers, and a
+// TMA load may take the place. Without it an mbarrier's arrival can be seen while loads before it still queue (behind
+// stores that wait for DRAM, for instance), though nothing but their use shows that: gradients of single rows were off.
+__device__ __forceinline__ void finish_reads_before_async_proxy() { fence_async_proxy(); }
+
 // Moves registers between warpgroups: producers give up what consumers need. The pool is what the block was started
 // with (168 a thread for three warpgroups, 128 for four): asking for more than was given up waits for ever.
 template <int kRegisters>

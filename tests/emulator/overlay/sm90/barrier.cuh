@@ -36,6 +36,7 @@ inline void named_barrier_sync(int id, int threads) { emulator::named_barrier(id
 inline void named_barrier_arrive(int id, int threads) { emulator::named_barrier(id, threads, false); }
 
 inline void fence_async_proxy() { emulator::fence_async_proxy(); }
+inline void finish_reads_before_async_proxy() {}  // loads are done at once here
 
 template <int kRegisters>
 void shrink_registers() {
