@@ -10,32 +10,40 @@
 
 namespace flashmask::sm90 {
 
-// Lane `lane` of mask warp `warp` writes the words of two neighbouring columns: for 16 rows each, low half the even
-// column.
-template <typename Layout>
-__device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const int32_t* head_bounds,
-                                           int row_begin, int column_begin, int warp, int lane) {
-  constexpr int kRows = Layout::Config::kRows;
-  const int pair = warp * 32 + lane;
-  int32_t bounds[2][4] = {};
+// The bounds of a lane's two neighbouring columns: lane `lane` of mask warp `warp` has pair warp * 32 + lane of a tile.
+struct ColumnPair {
+  int32_t bounds[2][4];
+};
+
+__device__ __forceinline__ ColumnPair load_bounds(const FlashmaskParams& op, const int32_t* head_bounds,
+                                                  int first_column) {
+  ColumnPair pair = {};
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const int column = column_begin + pair * 2 + c;
+    const int column = first_column + c;
     if (column < op.seqlen_k) {
       const int32_t* source = head_bounds + static_cast<int64_t>(column) * op.num_bounds;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (i < op.num_bounds) bounds[c][i] = source[i];
+        if (i < op.num_bounds) pair.bounds[c][i] = source[i];
       }
     }
   }
+  return pair;
+}
+
+// Writes the words of a pair of columns of the tile whose corner is given: for 16 rows each, low half the even column.
+template <typename Layout>
+__device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const ColumnPair& bounds,
+                                           int row_begin, int column_begin, int pair) {
+  constexpr int kRows = Layout::Config::kRows;
   const uint32_t mine = place + (pair % 4 * Layout::kMaskStride + pair / 4) * 4;
 #pragma unroll 1
   for (int first = 0; first < kRows; first += 32) {
     uint32_t bits[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      bits[c] = column_bits(bounds[c], op.num_bounds, op.causal, column_begin + pair * 2 + c, row_begin + first,
+      bits[c] = column_bits(bounds.bounds[c], op.num_bounds, op.causal, column_begin + pair * 2 + c, row_begin + first,
                             op.seqlen_q, op.seqlen_k);
     }
     const uint32_t group = mine + first / 16 * 4 * Layout::kMaskStride * 4;

@@ -133,10 +133,14 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
     const int batch = order.batch_head / p.op.heads_q, head = order.batch_head - batch * p.op.heads_q;
     const int64_t mask_index =
         static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
+    // Asked for before the wait: with one place for masks, consumers would otherwise wait for memory at the second of
+    // two partial tiles in a row.
+    const int column_begin = order.column_tile * Config::kColumns, pair = warp * 32 + lane;
+    const ColumnPair bounds =
+        load_bounds(p.op, p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, column_begin + pair * 2);
     Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait_warp(mask_ring.parity ^ 1);
-    write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op,
-                       p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, order.row_tile * Config::kRows,
-                       order.column_tile * Config::kColumns, warp, lane);
+    write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op, bounds,
+                       order.row_tile * Config::kRows, column_begin, pair);
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
     mask_ring.advance();
   }
