@@ -20,6 +20,9 @@ constexpr int kSmallShared = 99 * 1024;  // the least that devices of capability
 constexpr int kLargestShared = 1 << 30;
 // Heads that run at the same time should find their keys and values (or queries) in the L2 cache of 40 MB and more.
 constexpr int64_t kCacheBudget = 20 << 20;
+// Column tiles of a head that add to dQ in turn wait for each other; with more heads at once there are fewer of each.
+// Where lists say that a mask skips tiles, that gains more than the cache loses (measured at 8K).
+constexpr int64_t kTurnsBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
 constexpr int64_t kRowsBeyondCache = 5 * kCacheBudget;
 
@@ -226,8 +229,8 @@ KernelParams common_params(const FlashmaskParams& op) {
   return p;
 }
 
-int32_t heads_in_cache(int64_t bytes_per_head, int64_t heads, int64_t multiple) {
-  const int64_t fitting = std::max<int64_t>(1, kCacheBudget / std::max<int64_t>(1, bytes_per_head));
+int32_t heads_in_cache(int64_t budget, int64_t bytes_per_head, int64_t heads, int64_t multiple) {
+  const int64_t fitting = std::max<int64_t>(1, budget / std::max<int64_t>(1, bytes_per_head));
   return static_cast<int32_t>(std::min(heads, ceil_div(fitting, multiple) * multiple));
 }
 
@@ -312,8 +315,8 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   if (op.batch == 0 || op.heads_q == 0 || op.seqlen_q == 0) return FLASHMASK_OK;
 
   const int64_t group = op.heads_q / op.heads_k;
-  p.schedule_heads = heads_in_cache(static_cast<int64_t>(op.seqlen_k) * (op.head_dim + op.head_dim_v) * 2 / group,
-                                    static_cast<int64_t>(op.batch) * op.heads_q, group);
+  const int64_t bytes = static_cast<int64_t>(op.seqlen_k) * (op.head_dim + op.head_dim_v) * 2 / group;
+  p.schedule_heads = heads_in_cache(kCacheBudget, bytes, static_cast<int64_t>(op.batch) * op.heads_q, group);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_row != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
   FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "forward kernel");
@@ -342,7 +345,8 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;
 
   const int64_t bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q * (op.heads_q / op.heads_k);
-  p.schedule_heads = heads_in_cache(bytes, static_cast<int64_t>(op.batch) * op.heads_k, 1);
+  const int64_t budget = p.turns != nullptr && p.lists.by_column != nullptr ? kTurnsBudget : kCacheBudget;
+  p.schedule_heads = heads_in_cache(budget, bytes, static_cast<int64_t>(op.batch) * op.heads_k, 1);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_column != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
   FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "backward kernels");

@@ -9,6 +9,8 @@
 // neither atomics nor extra memory.
 #pragma once
 
+#include <algorithm>
+
 #include "../cuda/launch.h"
 #include "../cuda/launch_kernel.cuh"
 #include "../cuda/multiprocessors.h"
@@ -149,6 +151,11 @@ cudaError_t launch_backward_kernel(const KernelParams& p, int blocks, cudaStream
 template <typename T, int kHeadDim>
 cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   const int heads_k = p.op.batch * p.op.heads_k, heads_q = p.op.batch * p.op.heads_q;
+  if (p.turns == nullptr) {
+    // The fewer heads, the shorter rows stay prepared before they are wanted.
+    const int enough = (kColumnTilesOfGroup + p.lists.column_tiles - 1) / p.lists.column_tiles;
+    p.schedule_heads = std::min(p.schedule_heads, enough);
+  }
   p.row_items = (p.lists.row_tiles + kRowTilesPerItem - 1) / kRowTilesPerItem;
   p.key_head_row_items = p.op.heads_q / p.op.heads_k * p.row_items;
   int blocks = p.column_works + 2 * heads_q * p.row_items;
