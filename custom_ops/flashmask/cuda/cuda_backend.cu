@@ -24,7 +24,8 @@ constexpr int64_t kCacheBudget = 20 << 20;
 // Where lists say that a mask skips tiles, that gains more than the cache loses (measured at 8K).
 constexpr int64_t kTurnsBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
-constexpr int64_t kRowsBeyondCache = 5 * kCacheBudget;
+// Above 128 dims, where a block ends with its column tile, that only pays later.
+constexpr int64_t kRowsBeyondCache = 3 * kCacheBudget, kRowsBeyondCacheWide = 5 * kCacheBudget;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -144,7 +145,8 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->finished = p->prepared + heads_q;
   int32_t* row_front = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_k);
   const bool masked = op.causal || needs_lists(op);  // their column tiles differ in length, and stay together anyway
-  if (!op.deterministic && !masked && backward_row_bytes(op, head_dim) * op.seqlen_q > kRowsBeyondCache) {
+  const int64_t beyond_cache = head_dim > 128 ? kRowsBeyondCacheWide : kRowsBeyondCache;
+  if (!op.deterministic && !masked && backward_row_bytes(op, head_dim) * op.seqlen_q > beyond_cache) {
     p->row_front = row_front;
   }
   if (op.deterministic) {

@@ -96,4 +96,12 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t value, uint32_t amount) 
   return shifted;
 }
 
+// Bits of `one` where `mask` has ones, else of `other`. Hidden from the compiler: it would test the bits where they
+// came from, one by one, instead of those of the word that they were gathered in.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t one, uint32_t other) {
+  uint32_t selected;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;\n" : "=r"(selected) : "r"(mask), "r"(one), "r"(other));
+  return selected;
+}
+
 }  // namespace flashmask

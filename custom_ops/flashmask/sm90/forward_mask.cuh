@@ -33,6 +33,8 @@ __device__ __forceinline__ ColumnPair load_bounds(const FlashmaskParams& op, con
 }
 
 // Writes the words of a pair of columns of the tile whose corner is given: for 16 rows each, low half the even column.
+// Turned left by one to four places, by the number of the eight columns in their group of 32: so the bits that a
+// consumer's thread wants of four words land side by side (apply_mask).
 template <typename Layout>
 __device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const ColumnPair& bounds,
                                            int row_begin, int column_begin, int pair) {
@@ -47,8 +49,9 @@ __device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams
                             op.seqlen_q, op.seqlen_k);
     }
     const uint32_t group = mine + first / 16 * 4 * Layout::kMaskStride * 4;
-    store_shared_32(group, __byte_perm(bits[0], bits[1], 0x5410));
-    store_shared_32(group + 4 * Layout::kMaskStride * 4, __byte_perm(bits[0], bits[1], 0x7632));
+    const auto turned = [&](uint32_t word) { return __funnelshift_l(word, word, pair / 4 % 4 + 1); };
+    store_shared_32(group, turned(__byte_perm(bits[0], bits[1], 0x5410)));
+    store_shared_32(group + 4 * Layout::kMaskStride * 4, turned(__byte_perm(bits[0], bits[1], 0x7632)));
   }
 }
 
@@ -61,15 +64,20 @@ __device__ __forceinline__ void apply_mask(float (&scores)[kGroups][4], uint32_t
     const uint4 words = load_shared_128(mine + quarter * 16);
     // Most groups of 32 columns in a partial tile are seen by all rows of the warp.
     if (!__any_sync(kAllLanes, (words.x | words.y | words.z | words.w) != 0)) continue;
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    // Of each word the thread wants one bit of every byte. Bits 1 to 4 of a byte, which come from words 0 to 3, become
+    // four predicates in one instruction (R2P), where every score would have taken a test of its own. Bit 0 is not
+    // used: the compiler has another way for that, which is longer.
+    const auto turned = [&](uint32_t word) { return __funnelshift_r(word, word, lane / 4); };
+    const uint32_t low = select_bits(0x02020202u, turned(words.x), turned(words.y));
+    const uint32_t high = select_bits(0x08080808u, turned(words.z), turned(words.w));
+    const uint32_t bits = select_bits(0x06060606u, low, high);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = word[i] >> (lane / 4);
-      float (&score)[4] = scores[quarter * 4 + i];
-      if (bits & 0x00000001u) score[0] = -CUDART_INF_F;
-      if (bits & 0x00010000u) score[1] = -CUDART_INF_F;
-      if (bits & 0x00000100u) score[2] = -CUDART_INF_F;
-      if (bits & 0x01000000u) score[3] = -CUDART_INF_F;
+    for (int byte = 0; byte < 4; ++byte) {
+      constexpr int kScore[4] = {0, 2, 1, 3};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (bits & (2u << (byte * 8 + i))) scores[quarter * 4 + i][kScore[byte]] = -CUDART_INF_F;
+      }
     }
   }
 }

@@ -55,6 +55,12 @@ inline float __uint_as_float(unsigned bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned amount) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) << (amount & 31) >> 32);
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned amount) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (amount & 31));
+}
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   unsigned result = 0;
