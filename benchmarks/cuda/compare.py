@@ -1,16 +1,19 @@
 """Times the CUDA kernels of this package, of one or several builds, beside PyTorch's FLASH_ATTENTION backend.
 
     python -m benchmarks.cuda.compare --library build/cuda/libflashmask.so --masks causal,full,causal_document
+    python -m benchmarks.cuda.compare --library before.so --library after.so --what backward --head-dims 64
 
-One process, one run, so that the figures share the card's temperature; a table of ms and TFLOPs/s by tile (the work of
-every 128x128 tile that is not fully masked; backward counts 2.5 times the forward pass). For a quick look while
-changing kernels: the figures that are published come from benchmarks/kernels.py.
+One process, call by call: all take turns within every round, so that a per cent of difference can be seen. Printed are
+ms, TFLOPs/s by tile (the work of every 128x128 tile that is not fully masked; backward counts 2.5 times the forward
+pass), and the speed over the first library's. For a quick look while changing kernels: the figures that are published
+come from benchmarks/kernels.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +22,52 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cuda.timing import median_ms, random_inputs
+from benchmarks.cuda.timing import alternating_medians_ms, random_inputs
 from benchmarks.workloads import MASKS, Case
 from paddle_flashmask import _core
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "gpu"))
 from device_tensors import Call
 
-Times = tuple[float, float]
+WHAT = ("forward", "backward", "deterministic")  # the last is the backward pass that repeats to the bit
 
 
-def ours(library: _core.Library, case: Case, inputs: list[Any], seconds: float = 0.3, **options: Any) -> Times:
-    """Forward and backward ms; `options` go to the call (deterministic, dropout, ...)."""
+def ours(library: _core.Library, case: Case, inputs: list[Any], what: str) -> Callable[[], Any]:
+    """A call of one of WHAT, ready to be timed."""
     q, k, v, dout = inputs
     indices, causal = case.indices()
     bounds = None if indices is None else torch.from_numpy(np.ascontiguousarray(indices)).cuda()
-    call = Call(q, k, v, bounds, causal=causal, library=library, **options)
+    call = Call(q, k, v, bounds, causal=causal, library=library, deterministic=what == "deterministic")
     call.set_gradient(dout)
-    return median_ms(call.forward, seconds), median_ms(call.backward, seconds)
+    call.forward()
+    return call.forward if what == "forward" else call.backward
 
 
-def flash_attention_2(case: Case, inputs: list[Any], seconds: float = 0.3) -> Times:
-    """PyTorch's FLASH_ATTENTION backend, for the masks `causal` and `full`."""
+def flash_attention_2(case: Case, inputs: list[Any], what: str) -> Callable[[], Any]:
+    """PyTorch's FLASH_ATTENTION backend, for the masks `causal` and `full`, forward or backward."""
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in inputs[:3])
     gradient = inputs[3].transpose(1, 2)
-    causal = case.mask == "causal"
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        forward = median_ms(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal), seconds)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    backward = median_ms(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), seconds)
-    return forward, backward
+
+    def forward() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=case.mask == "causal")
+
+    out = forward()
+    return forward if what == "forward" else lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", action="append", required=True, help="libflashmask.so; may be given repeatedly")
     parser.add_argument("--masks", default="causal,full", help="comma-separated, or 'all'")
+    parser.add_argument("--what", default="forward,backward", help=f"comma-separated, of {', '.join(WHAT)}")
     parser.add_argument("--head-dims", default="64,128")
     parser.add_argument("--seqlen", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=32768, help="batch * seqlen; heads * head_dim is 4096")
     parser.add_argument("--seconds", type=float, default=0.3, help="spent on each figure")
     args = parser.parse_args()
+    if unknown := set(args.what.split(",")) - set(WHAT):
+        parser.error(f"--what: expected some of {', '.join(WHAT)}, got {', '.join(sorted(unknown))}")
     libraries = {path: _core.load_library(path) for path in args.library}
     print(torch.cuda.get_device_name())
     for head_dim in map(int, args.head_dims.split(",")):
@@ -67,18 +75,18 @@ def main() -> None:
         inputs = random_inputs(batch, args.seqlen, heads, head_dim)
         for mask in MASKS if args.masks == "all" else args.masks.split(","):
             case = Case(mask, args.seqlen, head_dim, heads, batch, "bfloat16")
-            gigaflops = case.forward_flops() * case.area()[1] / 1e9
-            times = {}
-            if mask in ("causal", "full"):
-                times["flash-attention-2"] = flash_attention_2(case, inputs, args.seconds)
-            for path, library in libraries.items():
-                times[path] = ours(library, case, inputs, args.seconds)
-            for name, (forward, backward) in times.items():
-                print(
-                    f"d={head_dim} {mask:22s} {name:40s} forward {forward:8.3f} ms {gigaflops / forward:4.0f} TFLOPs/s"
-                    f"   backward {backward:8.3f} ms {2.5 * gigaflops / backward:4.0f} TFLOPs/s",
-                    flush=True,
-                )
+            for what in args.what.split(","):
+                calls = {path: ours(library, case, inputs, what) for path, library in libraries.items()}
+                if mask in ("causal", "full") and what != "deterministic":
+                    calls["flash-attention-2"] = flash_attention_2(case, inputs, what)
+                times = alternating_medians_ms(list(calls.values()), args.seconds)
+                gigaflops = case.forward_flops() * case.area()[1] / 1e9 * (1 if what == "forward" else 2.5)
+                for name, milliseconds in zip(calls, times, strict=True):
+                    print(
+                        f"d={head_dim} {mask:22s} {what:14s} {name:40s} {milliseconds:9.3f} ms"
+                        f" {gigaflops / milliseconds:4.0f} TFLOPs/s {times[0] / milliseconds:6.3f}x",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

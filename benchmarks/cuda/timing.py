@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 
-def median_ms(call: Callable[[], Any], seconds: float = 0.3, at_least: int = 5) -> float:
-    """Median time of a call in ms by CUDA events, after a warm-up; runs for about `seconds`."""
-    call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    runs = max(at_least, min(100, int(seconds * 1e3 / max(start.elapsed_time(end), 1e-3))))
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)]
-    for first, last in pairs:
-        first.record()
+def alternating_medians_ms(
+    calls: Sequence[Callable[[], Any]], seconds: float = 0.3, at_least: int = 5, at_most: int = 200
+) -> list[float]:
+    """Median time of each call in ms: one after the other in every round, the order reversed in every second round.
+
+    Clocks and temperature drift by some percent within a second, so what is compared has to run side by side. The
+    rounds take about `seconds` for each call, after a warm-up.
+    """
+
+    def record(call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         call()
-        last.record()
+        end.record()
+        return start, end
+
+    for call in calls:
+        call()
+    trial = [record(call) for call in calls]
     torch.cuda.synchronize()
-    return statistics.median(first.elapsed_time(last) for first, last in pairs)
+    slowest = max(start.elapsed_time(end) for start, end in trial)
+    rounds = max(at_least, min(at_most, int(seconds * 1e3 / max(slowest, 1e-3))))
+    times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    for number in range(rounds):
+        for place in range(len(calls))[:: -1 if number % 2 else 1]:
+            times[place].append(record(calls[place]))
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in pairs) for pairs in times]
 
 
 def random_inputs(batch: int, seqlen: int, heads: int, head_dim: int, heads_k: int | None = None) -> list[Any]:

@@ -150,8 +150,10 @@ struct BackwardConsumer {
     fence_registers(dk);  // before the wait, not after
     fence_registers(dv);
     barriers.k_full().wait(tile_parity);
+    trace(Event::kKeysHere);
     while (true) {
       barriers.q_full(q.stage).wait(q.parity);
+      trace(Event::kStep);
       const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) {
         move_to_bounds(first_bounds + step.bounds);
@@ -274,6 +276,7 @@ struct BackwardConsumer {
     wait_for_dq_place();
     gradient_to_shared<T, typename Layout::GradientTile>(dk, p.op.softmax_scale, dq_part, 0);
     hand_over_dq();
+    trace(Event::kColumnTileEnd);
     tile_parity ^= 1;
     first_bounds = bounds + 1;
   }
@@ -287,10 +290,15 @@ struct BackwardConsumer {
       const int what = uniform(step.tile);
       if (what == Step::kEndOfWork) break;
       if (what == Step::kPrepareRows) {
+        trace(Event::kPrepareRows);
         RowItem<T, kHeadDim>(p, base, step).prepare(&q, &dout);
+        trace(Event::kRowItemEnd);
       } else if (what == Step::kFinishRows) {
+        trace(Event::kFinishRows);
         RowItem<T, kHeadDim>(p, base, step).finish(&q, &dout);
+        trace(Event::kRowItemEnd);
       } else {
+        trace(Event::kColumnTile);
         run_tile(p);
       }
     }

@@ -66,6 +66,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
       load_bytes(rows_place, rows + query, kRowBytes, barrier.address);
     };
     barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
+    trace(Event::kPlaceFree);
     if (leader) {
       if (p.row_front != nullptr) *row_front(p, block.batch, block.head_k) = tile;
       const int mask = block.mask_index(p.op, head);
@@ -212,6 +213,7 @@ struct WorkBringer {
 
   // Puts what comes next beside the item at work.
   __device__ __forceinline__ void find_next() {
+    trace(Event::kFindsNext);
     WorkItem next{WorkItem::kNothing, {-1, 0, 0}};
     const bool finishes =
         !(state & kNoTickets) && kind() != WorkItem::kFinishRows && has_claim() && sums_are_there(p, claim());
@@ -228,6 +230,7 @@ struct WorkBringer {
     store_shared_128(place(state + 1),
                      make_uint4(next.kind, next.place.batch, next.place.head_k, next.place.column_tile));
     __syncwarp();
+    trace(Event::kNextFound);
   }
 
   __device__ __forceinline__ void run() {
@@ -236,7 +239,9 @@ struct WorkBringer {
     __syncwarp();
     do {
       if (kind() == WorkItem::kColumnTile) {
+        trace(Event::kWaitsForRows);
         wait_for_rows(p, block());
+        trace(Event::kRowsPrepared);
         bring_rows<kHeadDim>(p, maps, BackwardBlock(p, read_work<kHeadDim>(shared_base, state / kTold - 1)),
                              shared_base, &rings);
       } else if (kind() != WorkItem::kNothing) {

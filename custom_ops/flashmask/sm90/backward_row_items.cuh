@@ -10,6 +10,7 @@
 #include "../cuda/element.cuh"
 #include "backward_access.cuh"
 #include "global_memory.cuh"
+#include "trace.cuh"
 
 namespace flashmask::sm90 {
 
@@ -54,6 +55,7 @@ struct RowItem {
     for (int i = 0; i < tiles; ++i) {
       barriers.q_full(q->stage).wait(q->parity);
       barriers.do_full(dout->stage).wait(dout->parity);
+      trace(Event::kRowTileHere);
       use(first_tile + i, base + Layout::kQ + q->stage * QTile::kBytes,
           base + Layout::kDo + dout->stage * QTile::kBytes, [&] {
             // An arrival does not wait for loads that are still on their way: the copy engine would overtake them.
@@ -61,6 +63,7 @@ struct RowItem {
             barriers.q_empty(q->stage).arrive_warp();
             barriers.do_empty(dout->stage).arrive_warp();
           });
+      trace(Event::kRowTileDone);
       q->advance();
       dout->advance();
     }
