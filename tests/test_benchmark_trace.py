@@ -48,6 +48,15 @@ def test_every_moment_belongs_to_one_part(trace) -> None:
     assert sum(map(sum, trace.parts(events).values())) == 153.0
 
 
+def test_forward_parts_are_named_by_their_ends(trace) -> None:
+    events = events_of(trace, (0.0, "turn"), (3.0, "scores here"), (4.0, "weights made"), (9.0, "turn"))
+    assert trace.parts(events) == {
+        "from turn to scores here": [3.0],
+        "from scores here to weights made": [1.0],
+        "from weights made to turn": [5.0],
+    }
+
+
 def test_events_come_in_order_and_in_microseconds(trace) -> None:
     traces = (trace.Trace * 2)()
     for who, pairs in enumerate([[(1, 5000), (5, 9000)], [(20, 6000)]]):

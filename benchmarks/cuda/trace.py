@@ -1,12 +1,13 @@
-"""Where the time of one block of the persistent backward kernel goes (Hopper, up to 128 dims).
+"""Where the time of one block of a persistent kernel goes (Hopper; backward up to 128 dims).
 
     CUDAFLAGS=-DFLASHMASK_TRACE make cuda-lib
     python -m benchmarks.cuda.trace --mask sliding_window --head-dim 128
     python -m benchmarks.cuda.trace --mask causal_document --seqlen 32768 --events build/events.txt
+    python -m benchmarks.cuda.trace --direction forward --head-dim 64
 
-A build with traces is within 1% of the speed of one without. The table says of all that the first consumer warpgroup
-does how often it comes, how long it takes, and its share of the block's time; --events writes every event of the
-consumers and of the warp that brings rows, in order, with the time since the first.
+A build with traces was within 1% of the speed of one without (backward; forward not measured). The table says of all
+that the first consumer warpgroup does how often it comes, how long it takes, and its share of the block's time;
+--events writes every event, of the warp that brings rows too, in order, with the time since the first.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ EVENTS = {
     7: "keys here",
     8: "step",
     9: "column tile end",
+    10: "turn",
+    11: "scores here",
+    12: "weights made",
+    13: "output here",
+    14: "output written",
     20: "finds next",
     21: "next found",
     22: "waits for rows",
@@ -67,10 +73,13 @@ def parts(events: list[Event]) -> dict[str, list[float]]:
     mine = [(time, name) for time, who, name in events if who == CONSUMERS]
     found: dict[str, list[float]] = defaultdict(list)
     kind = ""  # of the row item at work
+    forward = {EVENTS[number] for number in range(10, 15)}
     for (time, name), (later, follower) in pairwise(mine):
         if name in ("prepare rows", "finish rows"):
             kind = name
-        if name in ("column tile end", "row item end"):
+        if name in forward:
+            part = f"from {name} to {follower}"
+        elif name in ("column tile end", "row item end"):
             before = "column tile" if name == "column tile end" else kind
             part = f"from {before} to {follower}"
         elif name == "step" and follower != "step":
@@ -102,8 +111,8 @@ def show(found: dict[str, list[float]]) -> None:
     Console().print(table)
 
 
-def measure(library: Path, mask: str, seqlen: int, head_dim: int, tokens: int) -> list[Event]:
-    """Events of one backward call in bfloat16, after some that are not looked at."""
+def measure(library: Path, mask: str, seqlen: int, head_dim: int, tokens: int, direction: str) -> list[Event]:
+    """Events of one call in bfloat16, after some that are not looked at."""
     import numpy as np
     import torch
 
@@ -112,12 +121,13 @@ def measure(library: Path, mask: str, seqlen: int, head_dim: int, tokens: int) -
     from benchmarks.workloads import Case
     from paddle_flashmask import _core
 
-    take = getattr(ctypes.CDLL(str(library)), f"flashmask_take_trace_{head_dim}__nv_bfloat16", None)
+    take = getattr(ctypes.CDLL(str(library)), f"flashmask_take_trace_{direction}_{head_dim}__nv_bfloat16", None)
     if take is None:
-        raise SystemExit(f"{library} has no traces of head dim {head_dim}: build with CUDAFLAGS=-DFLASHMASK_TRACE")
+        wanted = f"{direction}, head dim {head_dim}"
+        raise SystemExit(f"{library} has no traces of {wanted}: build with CUDAFLAGS=-DFLASHMASK_TRACE")
     batch, heads = max(1, tokens // seqlen), 4096 // head_dim
     case = Case(mask, seqlen, head_dim, heads, batch, "bfloat16")
-    call = ours(_core.load_library(library), case, random_inputs(batch, seqlen, heads, head_dim), "backward")
+    call = ours(_core.load_library(library), case, random_inputs(batch, seqlen, heads, head_dim), direction)
     traces = (Trace * 2)()
 
     def take_traces() -> None:
@@ -139,13 +149,14 @@ def measure(library: Path, mask: str, seqlen: int, head_dim: int, tokens: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, default=Path("build/cuda/libflashmask.so"))
+    parser.add_argument("--direction", default="backward", choices=["forward", "backward"])
     parser.add_argument("--mask", default="sliding_window")
     parser.add_argument("--seqlen", type=int, default=8192)
-    parser.add_argument("--head-dim", type=int, default=128, choices=[64, 128])
+    parser.add_argument("--head-dim", type=int, default=128, help="one that kernels are compiled for")
     parser.add_argument("--tokens", type=int, default=32768, help="batch * seqlen; heads * head_dim is 4096")
     parser.add_argument("--events", type=Path, help="a file to write all events to")
     args = parser.parse_args()
-    events = measure(args.library, args.mask, args.seqlen, args.head_dim, args.tokens)
+    events = measure(args.library, args.mask, args.seqlen, args.head_dim, args.tokens, args.direction)
     if args.events:
         args.events.write_text("".join(f"{time:10.3f} {'    ' * who}{name}\n" for time, who, name in events))
     show(parts(events))

@@ -10,6 +10,7 @@
 #include "forward_epilogue.cuh"
 #include "forward_producer.cuh"
 #include "softmax.cuh"
+#include "trace.cuh"
 #include "wgmma.cuh"
 
 namespace flashmask::sm90 {
@@ -169,19 +170,24 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto pass = [&](auto is_end) {
     constexpr bool kEnds = decltype(is_end)::value;
     turn.wait();
+    trace(Event::kTurn);
     issue_scores();
     wait_v();
     issue_output();
     turn.pass();
     wgmma_wait<1>();
+    trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
     if (kEnds) softmax = OnlineSoftmax();
     const bool grown = scores_to_weights();
+    trace(Event::kWeightsMade);
     wgmma_wait<0>();
+    trace(Event::kOutputHere);
     fence_registers(output);
     release_v();
     if (kEnds) {
       write_output<T, Layout>(p, maps.out, shared, work, output, finished, warpgroup, thread);
+      trace(Event::kOutputWritten);
       clear(output);
       work = next;
       has_next = false;
@@ -210,10 +216,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
         continue;
       }
       turn.wait();
+      trace(Event::kTurn);
       issue_scores();
       turn.pass();
       wgmma_wait<0>();
+      trace(Event::kScoresHere);
       if (scores_to_weights()) rescale(output, softmax.factor);
+      trace(Event::kWeightsMade);
       pack_weights();
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
@@ -233,10 +242,12 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       wait_v();
       issue_output();
       wgmma_wait<0>();
+      trace(Event::kOutputHere);
       fence_registers(output);
       release_v();
     }
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
+    trace(Event::kOutputWritten);
     if (Config::kOutputInQuery) release_q();
     if (!has_next) next = next_row_tile();
     work = next;

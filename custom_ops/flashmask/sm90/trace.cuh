@@ -1,8 +1,8 @@
-// When a block of the persistent backward kernel does what: for benchmarks/cuda/trace.py, in builds with
-// -DFLASHMASK_TRACE. In all others a trace point is nothing.
+// When a block of a persistent kernel does what: for benchmarks/cuda/trace.py, in builds with -DFLASHMASK_TRACE. In all
+// others a trace point is nothing.
 //
-// One block writes what its first consumer thread and the first thread of the warp that brings rows come to, with the
-// multiprocessor's clock. Numbers of events are known to trace.py too.
+// One block writes what its first consumer thread and, in the backward kernel, the first thread of the warp that brings
+// rows come to, with the multiprocessor's clock. Numbers of events are known to trace.py too.
 #pragma once
 
 #include <stdint.h>
@@ -10,7 +10,7 @@
 namespace flashmask::sm90 {
 
 enum class Event : int {
-  // of the consumers
+  // of the consumers of the backward kernel
   kPrepareRows = 1,  // a row item begins
   kFinishRows = 2,
   kRowTileHere = 3,
@@ -20,6 +20,12 @@ enum class Event : int {
   kKeysHere = 7,
   kStep = 8,  // its rows are here
   kColumnTileEnd = 9,
+  // of the consumers of the forward kernel
+  kTurn = 10,  // to issue the products of a column tile
+  kScoresHere = 11,
+  kWeightsMade = 12,
+  kOutputHere = 13,     // of the column tile before
+  kOutputWritten = 14,  // of a row tile
   // of the warp that brings rows
   kFindsNext = 20,  // what comes next is asked for
   kNextFound = 21,
