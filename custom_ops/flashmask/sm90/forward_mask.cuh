@@ -34,14 +34,15 @@ __device__ __forceinline__ ColumnPair load_bounds(const FlashmaskParams& op, con
 
 // Writes the words of a pair of columns of the tile whose corner is given: for 16 rows each, low half the even column.
 // Turned left by one to four places, by the number of the eight columns in their group of 32: so the bits that a
-// consumer's thread wants of four words land side by side (apply_mask).
+// consumer's thread wants of four words land side by side (apply_mask). Only for the rows of warpgroups that need it,
+// from the first to the last bit of `partial`: with three of them, a tile is often partial for one.
 template <typename Layout>
 __device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const ColumnPair& bounds,
-                                           int row_begin, int column_begin, int pair) {
-  constexpr int kRows = Layout::Config::kRows;
+                                           int row_begin, int column_begin, int pair, uint32_t partial) {
   const uint32_t mine = place + (pair % 4 * Layout::kMaskStride + pair / 4) * 4;
+  const int first_row = (__ffs(partial) - 1) * kRowsPerWarpgroup, end_row = (32 - __clz(partial)) * kRowsPerWarpgroup;
 #pragma unroll 1
-  for (int first = 0; first < kRows; first += 32) {
+  for (int first = first_row; first < end_row; first += 32) {
     uint32_t bits[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
