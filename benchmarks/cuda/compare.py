@@ -68,12 +68,15 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.what.split(",")) - set(WHAT):
         parser.error(f"--what: expected some of {', '.join(WHAT)}, got {', '.join(sorted(unknown))}")
+    masks = MASKS if args.masks == "all" else args.masks.split(",")
+    if unknown := set(masks) - set(MASKS):
+        parser.error(f"--masks: expected some of {', '.join(MASKS)}, got {', '.join(sorted(unknown))}")
     libraries = {path: _core.load_library(path) for path in args.library}
     print(torch.cuda.get_device_name())
     for head_dim in map(int, args.head_dims.split(",")):
         batch, heads = max(1, args.tokens // args.seqlen), 4096 // head_dim
         inputs = random_inputs(batch, args.seqlen, heads, head_dim)
-        for mask in MASKS if args.masks == "all" else args.masks.split(","):
+        for mask in masks:
             case = Case(mask, args.seqlen, head_dim, heads, batch, "bfloat16")
             for what in args.what.split(","):
                 calls = {path: ours(library, case, inputs, what) for path, library in libraries.items()}

@@ -5,9 +5,10 @@
     python -m benchmarks.cuda.trace --mask causal_document --seqlen 32768 --events build/events.txt
     python -m benchmarks.cuda.trace --direction forward --head-dim 64
 
-A build with traces was within 1% of the speed of one without (backward; forward not measured). The table says of all
-that the first consumer warpgroup does how often it comes, how long it takes, and its share of the block's time;
---events writes every event, of the warp that brings rows too, in order, with the time since the first.
+The table says of all that the first consumer warpgroup does how often it comes, how long it takes, and its share of the
+block's time; --events writes every event, of the warp that brings rows too, in order, with the time since the first. A
+trace point takes about 0.1 us of the traced block: little against a step of the backward kernel, which has one, but a
+visit of the forward kernel has four, and its block did 13% fewer of them than the others (sliding window, d = 64).
 """
 
 from __future__ import annotations

@@ -97,6 +97,11 @@ struct TileWalker {
     *partial = (masked >> bit) & 1;
     return (chunk + holder) * 32 + bit;
   }
+
+  // How many tiles come after the one that next() returned; `many` if there are words not looked at.
+  __device__ __forceinline__ int left(int many) const {
+    return chunk + 32 < count ? many : static_cast<int>(__reduce_add_sync(kAllLanes, __popc(mine.active)));
+  }
 };
 
 }  // namespace flashmask

@@ -83,11 +83,10 @@ struct BackwardLayout {
   static constexpr int kBoundsBytes = Config::kColumns * 16;
   static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
   static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
-  // Of the warp that takes tickets: two items of work, and the rows that it is to finish.
-  static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;
-  static constexpr int kBarriers = kItems + 3 * 16;
+  static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // the one at work, and the next
+  static constexpr int kBarriers = kItems + 2 * 16;
   static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
-                                       3 * Config::kConsumers + 3 + 2 * (kBoundsBuffers + kWorkSlots);
+                                       3 * Config::kConsumers + 3 + 2 * (kBoundsBuffers + kWorkSlots) + 2;
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
   static_assert(kBytes <= 227 * 1024);
 };
@@ -112,8 +111,8 @@ struct BackwardBarriers {
   static constexpr int kQ = 0, kDo = kQ + 2 * Config::kQStages, kDs = kDo + 2 * Config::kDoStages,
                        kP = kDs + 2 * Config::kDsBuffers, kDq = kP + 2 * Config::kDsBuffers,
                        kK = kDq + 2 * Config::kConsumers, kV = kK + 3, kBounds = kV + Config::kConsumers,
-                       kWork = kBounds + 2 * kBoundsBuffers;
-  static_assert(kWork + 2 * kWorkSlots == Layout::kBarrierCount);
+                       kWork = kBounds + 2 * kBoundsBuffers, kAsked = kWork + 2 * kWorkSlots;
+  static_assert(kAsked + 2 == Layout::kBarrierCount);
   uint32_t base;  // of the shared memory
 
   __device__ __forceinline__ Barrier at(int index) const { return Barrier{base + Layout::kBarriers + index * 8}; }
@@ -139,6 +138,10 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier bounds_empty(int buffer) const { return at(kBounds + kBoundsBuffers + buffer); }
   __device__ __forceinline__ Barrier work_full(int slot) const { return at(kWork + slot); }
   __device__ __forceinline__ Barrier work_empty(int slot) const { return at(kWork + kWorkSlots + slot); }
+
+  // The next item of work is wanted, and is told.
+  __device__ __forceinline__ Barrier asked() const { return at(kAsked); }
+  __device__ __forceinline__ Barrier answered() const { return at(kAsked + 1); }
 
   __device__ __forceinline__ void init() const {
     for (int stage = 0; stage < Config::kQStages; ++stage) {
@@ -175,6 +178,8 @@ struct BackwardBarriers {
       work_full(slot).init_warps(1);
       work_empty(slot).init_warps(1 + Config::kConsumers);  // warps that bring rows or take dQ away
     }
+    asked().init(1);
+    answered().init_warps(1);
     publish_barriers();
   }
 };

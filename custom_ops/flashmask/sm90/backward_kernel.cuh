@@ -45,7 +45,7 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
     shrink_registers<24>();
     if (warp == 0) {
       RowRings<typename Layout::Config> rings;
-      bring_rows<kHeadDim>(p, maps, block, base, &rings);
+      bring_rows<kHeadDim>(p, maps, block, base, &rings, [](const auto&) {});
       bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, block.masks(p.op) - 1);
     } else if (warp == 3) {
       bring_wide_keys<kHeadDim>(p, maps, block, column_work(p, number + kBlocksAhead), base);

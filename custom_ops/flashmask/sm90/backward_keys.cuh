@@ -4,6 +4,7 @@
 
 #include "backward_epilogue.cuh"
 #include "backward_mask.cuh"
+#include "backward_scheduler.cuh"
 #include "backward_work.cuh"
 #include "ring.cuh"
 #include "tma.cuh"
@@ -78,60 +79,70 @@ __device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t sha
   }
 }
 
-// One warp: K, V and intervals for all column tiles of a persistent block, and dV at the end of each. As soon as the
-// next one is known, its keys go to the L2 cache and the intervals of its first mask to shared memory.
+// One warp: K, V and intervals for all column tiles of a persistent block, and dV at the end of each. It has time in
+// between, and finds out what the block does next. As soon as the next column tile is known, its keys go to the L2
+// cache and the intervals of its first mask to shared memory.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_keys(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
   using Layout = BackwardLayout<kHeadDim>;
-  using Config = typename Layout::Config;
   using KTile = typename Layout::KTile;
   const bool leader = threadIdx.x % 32 == 0;
   Ring<kBoundsBuffers> bounds;
   const auto block = [&](uint32_t number) { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
+  BackwardScheduler<kHeadDim> scheduler{p, shared_base};
+  scheduler.take_claim();
 
-  bool goes_on = wait_for_work<kHeadDim>(shared_base, 0);
-  if (!goes_on) return;
-  if (leader) {
-    load_k<kHeadDim>(maps, block(0), shared_base);
-    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-      load_v<kHeadDim>(maps, block(0), shared_base, consumer);
-    }
-  }
-  __syncwarp();
-  bring_bounds<kHeadDim>(p, shared_base, &bounds, block(0), 0, 1);
-  for (uint32_t number = 0; goes_on; ++number) {
-    bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number), 1, block(number).masks(p.op) - 1);
-    goes_on = wait_for_work<kHeadDim>(shared_base, number + 1);
-    if (goes_on) {
-      if (leader) prefetch_keys<kHeadDim>(maps, block(number + 1), p.op.seqlen_k);
+  // `number`: of the column tile at work, -1 before the first. `known`: that its successor is.
+  uint32_t number = ~0u;
+  WorkItem::Kind next = scheduler.tell_next();
+  while (true) {
+    const bool early = next == WorkItem::kColumnTile;
+    if (early) {
+      if (leader && number != ~0u) prefetch_keys<kHeadDim>(maps, block(number + 1), p.op.seqlen_k);
       __syncwarp();
       bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number + 1), 0, 1);
     }
-
-    // The end of the column tile: the first warpgroup's dV is there before the other's last dQ is multiplied; K is free
-    // after that, and the other dV there too.
-    const BackwardBarriers<kHeadDim> barriers{shared_base};
-    const auto send_dv = [&](int consumer) {
+    if (number != ~0u) {
+      // The end of the column tile: the first warpgroup's dV is there before the other's last dQ is multiplied; K is
+      // free after that, and the other dV there too.
+      const BackwardBarriers<kHeadDim> barriers{shared_base};
+      const auto send_dv = [&](int consumer) {
+        if (leader) {
+          store_gradient<KTile>(maps.dv, shared_base + Layout::kV + consumer * 64 * KTile::kRowBytes, consumer * 64,
+                                block(number));
+          commit_stores();
+        }
+        __syncwarp();
+      };
+      barriers.dv_full().wait_warp(number % 2);
+      send_dv(0);
+      barriers.k_empty().wait_warp(number % 2);
+      if (leader && early) load_k<kHeadDim>(maps, block(number + 1), shared_base);
+      send_dv(1);
       if (leader) {
-        store_gradient<KTile>(maps.dv, shared_base + Layout::kV + consumer * 64 * KTile::kRowBytes, consumer * 64,
-                              block(number));
-        commit_stores();
+        wait_stores_read<1>();
+        if (early) load_v<kHeadDim>(maps, block(number + 1), shared_base, 0);
+        wait_stores_read<0>();
+        if (early) load_v<kHeadDim>(maps, block(number + 1), shared_base, 1);
       }
       __syncwarp();
-    };
-    barriers.dv_full().wait_warp(number % 2);
-    send_dv(0);
-    barriers.k_empty().wait_warp(number % 2);
-    if (leader && goes_on) load_k<kHeadDim>(maps, block(number + 1), shared_base);
-    send_dv(1);
-    if (leader) {
-      wait_stores_read<1>();
-      if (goes_on) load_v<kHeadDim>(maps, block(number + 1), shared_base, 0);
-      wait_stores_read<0>();
-      if (goes_on) load_v<kHeadDim>(maps, block(number + 1), shared_base, 1);
     }
-    __syncwarp();
-    free_work<kHeadDim>(shared_base, number);
+    while (next != WorkItem::kColumnTile) {
+      if (next == WorkItem::kNothing) return;
+      next = scheduler.tell_next();
+    }
+    ++number;
+    if (!early || number == 0) {
+      if (leader) {
+        load_k<kHeadDim>(maps, block(number), shared_base);
+        load_v<kHeadDim>(maps, block(number), shared_base, 0);
+        load_v<kHeadDim>(maps, block(number), shared_base, 1);
+      }
+      __syncwarp();
+    }
+    if (!early) bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number), 0, 1);
+    bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number), 1, block(number).masks(p.op) - 1);
+    next = scheduler.tell_next();
   }
 }
 

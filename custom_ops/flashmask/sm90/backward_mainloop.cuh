@@ -8,7 +8,7 @@
 //   S^T = K Q^T                dQ of two steps ago to shared memory
 //   dP^T = V dO^T              wait for S^T and for this warpgroup's turn; mask; P^T = exp2(S^T), rounded
 //   dV += P^T dO               wait for dP^T; dS^T = P^T (dP^T - delta), rounded, to shared memory
-//   dK += dS^T Q
+//   dK += dS^T Q               tell of dS^T
 //   dQ of the step before      wait for all
 //
 // dQ = dS K needs the other warpgroup's dS^T. It is computed one step late, when that has long been there: so the
@@ -36,8 +36,9 @@ struct BackwardConsumer {
   static constexpr int kGroups = Config::kRows / 8;  // accumulator groups of S^T and dP^T
   static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
 
-  uint32_t base;  // address of the shared memory
-  int consumer;   // which of the warpgroups
+  uint32_t base;        // address of the shared memory
+  int thread_in_block;  // opaque: the compiler would read it anew in every step, which takes long
+  int consumer;         // which of the warpgroups
   BackwardBarriers<kHeadDim> barriers;
 
   // All of this goes on from column tile to column tile.
@@ -50,10 +51,15 @@ struct BackwardConsumer {
   int first_bounds = 0;  // those of the column tile's first mask
 
   __device__ __forceinline__ explicit BackwardConsumer(uint32_t base)
-      : base(base), consumer(uniform(threadIdx.x / kWarpgroup) - 1), barriers{base} {}
-  __device__ __forceinline__ int thread() const { return threadIdx.x % kWarpgroup; }
-  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
-  __device__ __forceinline__ int first_key() const { return threadIdx.x / 32 * 16 - kWarpgroup / 2; }  // of the warp
+      : base(base),
+        thread_in_block(opaque(threadIdx.x)),
+        consumer(uniform(threadIdx.x / kWarpgroup) - 1),
+        barriers{base} {}
+  __device__ __forceinline__ int thread() const { return thread_in_block % kWarpgroup; }
+  __device__ __forceinline__ int lane() const { return thread_in_block % 32; }
+  __device__ __forceinline__ int first_key() const {
+    return thread_in_block / 32 * 16 - kWarpgroup / 2;
+  }  // of the warp
 
   // [64 keys, queries] = this warpgroup's rows of K or V times Q or dO, over the head dim.
   __device__ __forceinline__ void score_product(float (&scores)[kGroups][4], int k_place, int q_place, int stage) {
@@ -223,9 +229,11 @@ struct BackwardConsumer {
         store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, k * 16), rounded_ds[k]);
       }
       if constexpr (Config::kTurnIncludesDs) end_turn();
+      gradient_product(dk, rounded_ds, Layout::kQ, q.stage);
+      // The fence waits until dS^T is stored; the tensor cores have work by now, and nobody wants dS^T before the next
+      // step.
       fence_async_proxy();
       barriers.ds_full(ds.stage).arrive_warp();
-      gradient_product(dk, rounded_ds, Layout::kQ, q.stage);
 
       wgmma_wait<1>();
       fence_registers(dv);

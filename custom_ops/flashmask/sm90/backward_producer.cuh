@@ -6,6 +6,7 @@
 
 #include "backward_epilogue.cuh"
 #include "backward_row_items.cuh"
+#include "backward_scheduler.cuh"
 #include "backward_turns.cuh"
 #include "backward_work.cuh"
 #include "global_memory.cuh"
@@ -39,10 +40,11 @@ __device__ __forceinline__ void bring_end(uint32_t shared_base, RowRings<Backwar
   rings->q.advance();
 }
 
-// One warp: Q, dO and their rows' lse and delta for all steps of a column tile.
-template <int kHeadDim>
+// One warp: Q, dO and their rows' lse and delta for all steps of a column tile. Calls meanwhile(left) after each.
+template <int kHeadDim, typename Meanwhile>
 __device__ __forceinline__ void bring_rows(const KernelParams& p, const BackwardMaps& maps, const BackwardBlock& block,
-                                           uint32_t shared_base, RowRings<BackwardConfig<kHeadDim>>* rings) {
+                                           uint32_t shared_base, RowRings<BackwardConfig<kHeadDim>>* rings,
+                                           const Meanwhile& meanwhile) {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using QTile = typename Layout::QTile;
@@ -50,7 +52,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
   const bool leader = threadIdx.x % 32 == 0;
   Ring<Config::kQStages>& q_ring = rings->q;
   Ring<Config::kDoStages>& do_ring = rings->dout;
-  for_each_tile<Config>(p, block, [&](int head, int tile, bool partial) {
+  for_each_tile<Config>(p, block, [&](int head, int tile, bool partial, const auto& left) {
     const uint32_t base = opaque(shared_base);
     const BackwardBarriers<kHeadDim> barriers{base};
     const int row = tile * Config::kRows;
@@ -84,29 +86,8 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     __syncwarp();
     q_ring.advance();
     do_ring.advance();
+    meanwhile(left);
   });
-}
-
-// For a whole warp: waits until the rows of the column tile's query heads are prepared.
-__device__ __forceinline__ void wait_for_rows(const KernelParams& p, const BackwardBlock& block) {
-  for (int head = block.first_head; head < block.end_head; head += 32) {
-    const int of_lane = min(head + static_cast<int>(threadIdx.x % 32), block.end_head - 1);
-    wait_for_count_warp(p.prepared + block.batch_head(p.op, of_lane), kPreparedCounts * p.row_items);
-  }
-  __syncwarp();
-  fence_async_proxy_global();
-}
-
-// For a whole warp: whether all column tiles of the key head have added their dQ.
-__device__ __forceinline__ int32_t* finished_of(const KernelParams& p, int claim) {
-  return p.finished + claim / static_cast<int>(opaque(p.key_head_row_items));
-}
-__device__ __forceinline__ bool sums_are_there(const KernelParams& p, int claim) {
-  return !__any_sync(kAllLanes, read_count(finished_of(p, claim)) < kFinishedCounts * p.lists.column_tiles);
-}
-__device__ __forceinline__ void wait_for_sums(const KernelParams& p, int claim) {
-  wait_for_count_warp(finished_of(p, claim), kFinishedCounts * p.lists.column_tiles);
-  __syncwarp();
 }
 
 __device__ __forceinline__ int row_tiles_of(const KernelParams& p, int row_item) {
@@ -158,109 +139,69 @@ __device__ __forceinline__ void bring_row_tile(const KernelParams& p, const Back
   rings->dout.advance();
 }
 
-// All work of a persistent block. What comes next is found out when the rows of the column tile before have all been
-// asked for, two or three steps ahead of the consumers, or the first rows of the row item before: so the keys of a
-// column tile that follows are on their way during the row item.
+// All work of a persistent block. What comes next is asked for (backward_scheduler.cuh) when a column tile has so many
+// steps to go, or with the first rows of a row item: so the keys of a column tile that follows are on their way by
+// then.
+constexpr int kStepsAhead = 6;
+
 template <int kHeadDim>
 struct WorkBringer {
-  using Layout = BackwardLayout<kHeadDim>;
-
   const KernelParams& p;
   const BackwardMaps& maps;
   uint32_t shared_base;
   RowRings<BackwardConfig<kHeadDim>> rings;
-  // The item at work, the one after it and the claim are kept in shared memory, as registers are few, and what else has
-  // to be remembered in one word: which of the two places is that of the item at work, whether there are tickets, the
-  // row tile of a row item, and how many column tiles were told.
-  static constexpr uint32_t kNoTickets = 2, kRowTile = 4, kTold = kRowTile * 2 * kRowTilesPerItem;
-  uint32_t state = 0;
+  uint32_t number = 0, columns = 0;  // of items and of column tiles so far
 
-  __device__ __forceinline__ uint32_t place(uint32_t which) const {
-    return opaque(shared_base) + Layout::kItems + (which & 1) * 16;
-  }
-  __device__ __forceinline__ uint32_t claim_place() const { return opaque(shared_base) + Layout::kItems + 32; }
-  __device__ __forceinline__ WorkItem item() const {
-    const uint4 words = load_shared_128(place(state));
-    return {static_cast<WorkItem::Kind>(words.x),
-            {static_cast<int>(words.y), static_cast<int>(words.z), static_cast<int>(words.w)}};
-  }
-  __device__ __forceinline__ WorkItem::Kind kind() const {
-    return static_cast<WorkItem::Kind>(uniform(load_shared_32(place(state))));
-  }
-  __device__ __forceinline__ int row_tile() const { return static_cast<int>(state / kRowTile) % (kTold / kRowTile); }
-  __device__ __forceinline__ BackwardBlock block() const { return BackwardBlock(p, item().place); }
-  __device__ __forceinline__ int claim() const { return uniform(load_shared_32(claim_place())); }
-
-  static __device__ __forceinline__ int count_on(int32_t* counter) {
-    int before = 0;
-    if (threadIdx.x % 32 == 0) before = atomicAdd(counter, 1);
-    return __shfl_sync(kAllLanes, before, 0);
-  }
-  // All lanes write the same and may read it afterwards; none is to be a write behind.
-  __device__ __forceinline__ void take_claim() {
-    const int claim = count_on(p.finish_counter);
-    __syncwarp();
-    store_shared_32(claim_place(), claim);
+  __device__ __forceinline__ WorkItem item() const { return read_item<kHeadDim>(opaque(shared_base), number); }
+  __device__ __forceinline__ void ask() const {
+    if (threadIdx.x % 32 == 0) BackwardBarriers<kHeadDim>{opaque(shared_base)}.asked().arrive();
     __syncwarp();
   }
-  __device__ __forceinline__ bool has_claim() const {
-    return claim() < p.op.batch * p.op.heads_q * static_cast<int>(opaque(p.row_items));
-  }
-  __device__ __forceinline__ void tell(const ColumnWork& work) {
-    tell_work<kHeadDim>(work, shared_base, state / kTold);
-    state += kTold;
-  }
 
-  // Puts what comes next beside the item at work.
-  __device__ __forceinline__ void find_next() {
-    trace(Event::kFindsNext);
-    WorkItem next{WorkItem::kNothing, {-1, 0, 0}};
-    const bool finishes =
-        !(state & kNoTickets) && kind() != WorkItem::kFinishRows && has_claim() && sums_are_there(p, claim());
-    if (!finishes && !(state & kNoTickets)) {
-      next = item_of_ticket(p, count_on(p.work_counter));
-      if (!next.is_rows()) {
-        next.place.first_row_tile = first_row_tile(p, next.place);
-        tell(next.place);
+  __device__ __forceinline__ void bring_column_tile() {
+    const BackwardBlock block(p, read_work<kHeadDim>(shared_base, columns));
+    trace(Event::kWaitsForRows);
+    if (item().waits) wait_for_rows(p, block);
+    trace(Event::kRowsPrepared);
+    bool asked = false;
+    bring_rows<kHeadDim>(p, maps, block, shared_base, &rings, [&](const auto& left) {
+      if (!asked && left() < kStepsAhead) {
+        ask();
+        asked = true;
       }
-      if (next.kind == WorkItem::kNothing) state |= kNoTickets;
+    });
+    if (!asked) ask();
+    bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block.masks(p.op) - 1);
+    free_work<kHeadDim>(shared_base, columns++);
+  }
+
+  __device__ __forceinline__ void bring_row_item() {
+    if (item().kind == WorkItem::kFinishRows) {
+      if (item().waits) wait_for_sums(p, row_item_number(p, item().place));
+      fence_async_proxy_global();
     }
-    if (next.kind == WorkItem::kNothing && has_claim()) next = {WorkItem::kFinishRows, row_item_place(p, claim())};
-    __syncwarp();
-    store_shared_128(place(state + 1),
-                     make_uint4(next.kind, next.place.batch, next.place.head_k, next.place.column_tile));
-    __syncwarp();
-    trace(Event::kNextFound);
+    const int tiles = row_tiles_of(p, item().place.column_tile);
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      bring_row_tile<kHeadDim>(p, maps, item(), i, shared_base, &rings);
+      if (i == 0) ask();
+    }
   }
 
   __device__ __forceinline__ void run() {
-    take_claim();
-    store_shared_32(place(state), WorkItem::kNothing);  // before the first
-    __syncwarp();
-    do {
-      if (kind() == WorkItem::kColumnTile) {
-        trace(Event::kWaitsForRows);
-        wait_for_rows(p, block());
-        trace(Event::kRowsPrepared);
-        bring_rows<kHeadDim>(p, maps, BackwardBlock(p, read_work<kHeadDim>(shared_base, state / kTold - 1)),
-                             shared_base, &rings);
-      } else if (kind() != WorkItem::kNothing) {
-        if (row_tile() == 0 && kind() == WorkItem::kFinishRows) {
-          if (state & kNoTickets) wait_for_sums(p, claim());
-          fence_async_proxy_global();
-          take_claim();
-        }
-        bring_row_tile<kHeadDim>(p, maps, item(), row_tile(), shared_base, &rings);
+    for (;; ++number) {
+      trace(Event::kFindsNext);
+      BackwardBarriers<kHeadDim>{opaque(shared_base)}.answered().wait_warp(number % 2);
+      trace(Event::kNextFound);
+      const uint32_t kind = uniform(item().kind);
+      if (kind == WorkItem::kNothing) break;
+      if (kind == WorkItem::kColumnTile) {
+        wait_for_work<kHeadDim>(shared_base, columns);
+        bring_column_tile();
+      } else {
+        bring_row_item();
       }
-      if (row_tile() == 0) find_next();
-      if (kind() == WorkItem::kColumnTile) {
-        bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block().masks(p.op) - 1);
-      } else if (kind() != WorkItem::kNothing && row_tile() + 1 < row_tiles_of(p, item().place.column_tile)) {
-        state += kRowTile;
-        continue;
-      }
-      state = (state - row_tile() * kRowTile) ^ 1;
-    } while (kind() != WorkItem::kNothing);
+    }
     bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfWork, 0);
   }
 };
@@ -336,7 +277,7 @@ struct DqSender {
 
   // All steps of a column tile.
   __device__ __forceinline__ void send(const BackwardBlock& block) {
-    for_each_tile<Config>(p, block, [&](int head, int tile, bool) {
+    for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
       if constexpr (kDeterministic) {
         add_in_turn(static_cast<int>(block.batch_head(p.op, head)) * p.lists.row_tiles + tile,
                     [&] { return turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile); });

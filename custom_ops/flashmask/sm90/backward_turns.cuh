@@ -53,7 +53,7 @@ __device__ __forceinline__ void manage_turns(const KernelParams& p, const Backwa
     if (leader) count_up(added);
     __syncwarp();
   };
-  for_each_tile<Config>(p, block, [&](int head, int tile, bool) {
+  for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
     int32_t* turn = p.turns + (block.batch_head(p.op, head) * p.lists.row_tiles + tile) * Config::kConsumers + consumer;
     const int before = turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile);
     if (added != nullptr) count_added();

@@ -52,10 +52,10 @@ __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int tic
 // A piece of a persistent block's work: a column tile, or rows to prepare or finish.
 struct WorkItem {
   enum Kind { kNothing, kColumnTile, kPrepareRows, kFinishRows };
+  static constexpr uint32_t kWaits = 4;
   Kind kind;         // kNothing: no work is left
   ColumnWork place;  // of rows: batch, query head, row item of that
-
-  __device__ __forceinline__ bool is_rows() const { return kind == kPrepareRows || kind == kFinishRows; }
+  bool waits;        // what it needs, prepared rows or sums, is not known to be there
 };
 
 // A persistent block takes tickets for column tiles and for rows to prepare, and works on them in ascending order. It
@@ -73,12 +73,15 @@ __device__ __forceinline__ ColumnWork row_item_place(const KernelParams& p, int 
   const int batch_head = number / fresh(p.row_items), batch = batch_head / fresh(p.op.heads_q);
   return {batch, batch_head - batch * p.op.heads_q, number - batch_head * p.row_items};
 }
+__device__ __forceinline__ int row_item_number(const KernelParams& p, const ColumnWork& place) {
+  return (place.batch * p.op.heads_q + place.head_k) * p.row_items + place.column_tile;
+}
 
 __device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ticket) {
   const OrderedWork work = in_order(p.order, ticket);
-  if (!work.is_column) return {WorkItem::kPrepareRows, row_item_place(p, work.number)};
+  if (!work.is_column) return {WorkItem::kPrepareRows, row_item_place(p, work.number), false};
   const ColumnWork place = column_work(p, work.number);
-  return {place.batch < 0 ? WorkItem::kNothing : WorkItem::kColumnTile, place};
+  return {place.batch < 0 ? WorkItem::kNothing : WorkItem::kColumnTile, place, false};
 }
 
 // The same with what follows from it.
@@ -120,8 +123,11 @@ __device__ __forceinline__ int first_row_tile(const KernelParams& p, const Colum
   return __shfl_sync(kAllLanes, *row_front(p, work.batch, work.head_k), 0);
 }
 
-// Calls visit(head, row tile, partial) for all that the block has to do, in order: from its first row tile on and
-// around. For whole warps; every warp that calls it sees the same sequence.
+constexpr int kManyLeft = 1 << 30;
+
+// Calls visit(head, row tile, partial, left) for all that the block has to do, in order: from its first row tile on and
+// around. left() says how many visits come after this one, or kManyLeft. For whole warps; every warp that calls it sees
+// the same sequence.
 template <typename Config, typename Visit>
 __device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit) {
   for (int head = block.first_head; head < block.end_head; ++head) {
@@ -145,7 +151,8 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
     bool partial;
     for (int found = walker.next(&partial); found >= 0; found = walker.next(&partial)) {
       const int tile = found + first / 32 * 32;
-      visit(head, tile < row_words * 32 ? tile : tile - row_words * 32, partial);
+      visit(head, tile < row_words * 32 ? tile : tile - row_words * 32, partial,
+            [&] { return head + 1 < block.end_head ? kManyLeft : walker.left(kManyLeft); });
     }
   }
 }

@@ -140,7 +140,8 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
         load_bounds(p.op, p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, column_begin + pair * 2);
     Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait_warp(mask_ring.parity ^ 1);
     write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op, bounds,
-                       order.row_tile * Config::kRows, column_begin, pair, (order.flags & kAnyPartial) >> kPartialShift);
+                       order.row_tile * Config::kRows, column_begin, pair,
+                       (order.flags & kAnyPartial) >> kPartialShift);
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
     mask_ring.advance();
   }

@@ -47,6 +47,7 @@ extern dim3 threadIdx, blockIdx, gridDim;  // of the fiber that runs
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 #define __log2f(x) log2f(x)  // the C library has a function of this name
 

@@ -17,6 +17,7 @@ inline void wait_for_count_warp(const int32_t* counter, int32_t value) {
   emulator::wait_for_count(counter, value);
   emulator::sync_warp("wait_for_count_warp");
 }
+inline void prefetch_near(const void*) {}
 inline void count_up(int32_t* counter) { emulator::count_up(counter); }
 inline void fence_async_proxy_global() {}
 inline void add_fragment(float* place, const float (&c)[4], float scale) {
