@@ -120,6 +120,15 @@ def test_skipped_tiles_change_no_bit(libraries: Libraries) -> None:
             np.testing.assert_array_equal(array, everything[name], name)
 
 
+@pytest.mark.parametrize("races", [emulated.BY_WARPS, emulated.BY_LANES])
+@pytest.mark.parametrize(("direction", "head_dim"), [(k, d) for k in ("forward", "backward") for d in (64, 128, 256)])
+def test_shared_memory_has_no_races(direction: str, head_dim: int, races: int, libraries: Libraries) -> None:
+    """Between accesses of threads, and loads of the copy engine."""
+    for number in range(4):
+        case = dense_case(head_dim, number, blocks=1 + number % 2, deterministic=number == 2, races=races)
+        case.run(libraries(direction, head_dim))
+
+
 # ---- that it can fail ----
 
 
@@ -187,6 +196,34 @@ def test_no_wait_can_be_left_out(
 ) -> None:
     library = libraries(direction_of(kernel), head_dim)
     assert any(is_noticed(case, library, (emulated.BARRIER_WAIT, barrier)) for case in fault_cases(kernel, head_dim))
+
+
+@pytest.mark.parametrize(
+    ("direction", "barrier"),
+    [
+        *(("forward", barrier) for barrier in (8, 16, 24, 28, 32)),  # of K, masks, row tiles, orders
+        *(("backward", barrier) for barrier in (0, 5, 8, 19, 27, 31, 36)),  # of steps, dO, dQ, intervals, column tiles
+    ],
+)
+def test_races_are_noticed(direction: str, barrier: int, libraries: Libraries) -> None:
+    case = dense_case(128, 1, races=emulated.BY_WARPS)
+    with pytest.raises(EmulatedError, match="race"):
+        case.run(libraries(direction, 128), (emulated.BARRIER_WAIT, barrier))
+
+
+def test_who_arrives_for_a_warp(tmp_path: Path) -> None:
+    """One lane's arrival stands for its warp if that was synchronised before, but not as racecheck sees it."""
+    builder = compilation.Builder(tmp_path / "emulator")
+    producer = builder.source / "sm90" / "backward_producer.cuh"
+    text = producer.read_text()
+    assert "asked().arrive_warp();" in text
+    asked = "BackwardBarriers<kHeadDim>{opaque(shared_base)}.asked()"
+    one_lane = f"if (__syncwarp(), threadIdx.x % 32 == 0) {asked}.arrive();"
+    producer.write_text(text.replace(f"{asked}.arrive_warp();", one_lane))
+    library = Emulated(builder.library("backward", 64, ("bf16",)))
+    dense_case(64, 1, races=emulated.BY_WARPS).run(library)
+    with pytest.raises(EmulatedError, match="race"):
+        dense_case(64, 1, races=emulated.BY_LANES).run(library)
 
 
 @pytest.mark.parametrize("barrier", [16, 17, 19, 20])

@@ -30,7 +30,7 @@ class Builder:
         text = backend.read_text()
         assert CACHE[0] in text
         backend.write_text(text.replace(*CACHE))
-        machine = [(HERE / f"{name}.cpp", "-O3") for name in ("scheduler", "synchronisation", "copy_engine")]
+        machine = [(HERE / f"{name}.cpp", "-O3") for name in ("scheduler", "synchronisation", "copy_engine", "races")]
         machine += [(HERE / "warp_matrices.cpp", "-O3")]
         machine += [(HERE / "tensor_cores.cpp", "-O3"), (HERE / "entry.cpp", "-O2")]
         host = [(self.source / "cuda" / name, "-O2") for name in ("cuda_backend.cu", "tile_lists.cu")]

@@ -18,6 +18,7 @@ from paddle_flashmask import _core, masks
 # Fault of machine.h.
 NO_FAULT, BARRIER_WAIT, NAMED_BARRIER, PROXY_FENCE, STORE_WAIT, WGMMA_WAIT, WGMMA_BEGIN, ARRIVAL, COUNT_WAIT = range(9)
 COPY_WAIT = 9
+UNCHECKED, BY_WARPS, BY_LANES = range(3)  # Races of machine.h
 LIMIT = 8.0  # roundings, see Problem.noise; 5.4 was the largest of 2,000 cases
 
 
@@ -37,16 +38,18 @@ class Emulated:
         self._workspace_bytes.argtypes = [params, ctypes.c_int]
         self._run.argtypes = [
             *(params, ctypes.c_int, ctypes.c_uint64),
-            *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int),
+            *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int),
         ]
 
-    def run(self, params: _core.Params, backward: bool, seed: int, blocks: int, fault: tuple[int, int]) -> None:
+    def run(
+        self, params: _core.Params, backward: bool, seed: int, blocks: int, fault: tuple[int, int], races: int
+    ) -> None:
         size = self._workspace_bytes(ctypes.byref(params), backward)
         workspace = np.full(size + 256, 0xFF, np.uint8)  # NaN in every type
         params.workspace = workspace.ctypes.data + -workspace.ctypes.data % 256
         params.workspace_bytes = size
         message = ctypes.create_string_buffer(4096)
-        if self._run(ctypes.byref(params), backward, seed, blocks, *fault, message, len(message)):
+        if self._run(ctypes.byref(params), backward, seed, blocks, *fault, races, message, len(message)):
             raise EmulatedError(message.value.decode())
 
 
@@ -73,6 +76,7 @@ class Problem:
     seed: int = 0
     schedule: int = 0
     blocks: int = 2
+    races: int = UNCHECKED
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -167,7 +171,7 @@ class Problem:
         """out and lse by the emulated kernel."""
         out = self.empty(self.b, self.s_q, self.h_q, self.d_v)
         lse = np.full((self.b, self.h_q, self.s_q), np.nan, np.float32)
-        library.run(self._params(out, lse), False, self.schedule, self.blocks, fault)
+        library.run(self._params(out, lse), False, self.schedule, self.blocks, fault, self.races)
         return {"out": load(out), "lse": lse}
 
     def backward(self, library: Emulated, fault: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:
@@ -177,7 +181,7 @@ class Problem:
         params = self._params(out, lse)
         for name, array in gradients.items():
             setattr(params, name, _view(array))
-        library.run(params, True, self.schedule, self.blocks, fault)
+        library.run(params, True, self.schedule, self.blocks, fault, self.races)
         return {name: load(array) for name, array in gradients.items()}
 
     def run(self, library: Emulated, fault: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:

@@ -87,14 +87,15 @@ __attribute__((visibility("default"))) int64_t emulator_workspace_bytes(const Fl
 
 // All pointers of `params` are to memory of the host. Returns a FlashmaskStatus; `message` takes the error.
 __attribute__((visibility("default"))) int emulator_run(const FlashmaskParams* params, int backward, uint64_t seed,
-                                                        int blocks_at_once, int fault, int fault_index, char* message,
-                                                        int message_bytes) {
+                                                        int blocks_at_once, int fault, int fault_index, int races,
+                                                        char* message, int message_bytes) {
   multiprocessors = blocks_at_once;
   emulator::Options options;
   options.seed = seed;
   options.multiprocessors = blocks_at_once;
   options.fault = static_cast<emulator::Fault>(fault);
   options.fault_index = fault_index;
+  options.races = static_cast<emulator::Races>(races);
   emulator::configure(options);
   std::string error;
   const FlashmaskStatus status =

@@ -28,8 +28,16 @@ enum class Fault : int {
   kCopyWait = 9,      // waits for cp.async leave one group more unfinished
 };
 
+// Whether accesses of shared memory by threads and by loads of the copy engine are checked for races (races.cpp).
+enum class Races : int {
+  kUnchecked = 0,
+  kByWarps = 1,  // who arrives at an mbarrier vouches for all that its warp did before a common __syncwarp
+  kByLanes = 2,  // only for itself, as racecheck of compute-sanitizer has it; all lanes take part in arrive_warp
+};
+
 struct Options {
   uint64_t seed = 0;
+  Races races = Races::kUnchecked;
   int multiprocessors = 2;  // blocks that run at the same time
   Fault fault = Fault::kNone;
   int fault_index = 0;
@@ -75,6 +83,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfl
 void init_barrier(uint32_t address, int arrivals);
 void publish_barriers();
 void arrive(uint32_t address, int bytes);
+void vouch(uint32_t address);  // kByLanes: this lane, too, for the arrival of its warp that follows
 void wait_barrier(uint32_t address, uint32_t parity);
 void named_barrier(int id, int threads, bool wait);
 void set_registers(int registers, bool grow);

@@ -218,6 +218,7 @@ void start_block(unsigned number, unsigned blocks_x, int slot, int threads, int 
     prepare(&thread, slot * threads + i);
   }
   for (Warp& warp : block->warps) change_priority(&warp);
+  start_races(block.get());
   live.push_back(std::move(block));
 }
 
@@ -390,6 +391,7 @@ uint32_t collective(const char* name, uint32_t value, void (*combine)(Warp&)) {
   } else {
     warp.arrived = 0;
     combine(warp);
+    see_warp(&warp);
     for (Thread* thread : warp.lanes) {
       if (thread != &me) make_ready(thread);
     }

@@ -32,6 +32,8 @@ struct BulkGroup {
   void write();
 };
 
+using Clocks = std::vector<uint32_t>;  // of the threads of a block; empty: nothing seen
+
 struct Thread {
   void* stack_pointer = nullptr;
   Block* block = nullptr;
@@ -57,6 +59,9 @@ struct Thread {
 
   std::vector<uint32_t> unfenced;     // 16-byte chunks of shared memory
   std::vector<uint32_t> unpublished;  // barriers
+
+  // races.cpp: what this thread has seen, itself included; and without what it only knows by its warp.
+  Clocks seen, passes_on;
 };
 
 // The accumulator of a warp while the tensor cores have it.
@@ -100,12 +105,21 @@ struct MBarrier {
   uint32_t phase = 0;
   bool published = false;
   std::vector<Thread*> waiting;
+  Clocks arriving, completed;  // of this phase and of the last
 };
 
 struct NamedBarrier {
   int arrived = 0, expected = 0;
   uint64_t warps = 0, generation = 0;
   std::vector<Thread*> waiting;
+  Clocks arriving, completed;
+};
+
+// What happened last to four bytes of shared memory.
+struct Word {
+  int writer = 0;
+  uint32_t clock = 0;  // of the writer; 0: never written
+  Clocks reads;        // since then; by thread, 0: none
 };
 
 // What the copy engine has yet to do.
@@ -122,6 +136,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;  // from address 0 on
   std::vector<int16_t> unfenced_by;   // thread + 1 of each 16-byte chunk
+  std::vector<Word> words;            // if races are checked
   std::unordered_map<uint32_t, MBarrier> barriers;
   NamedBarrier named[16];
   std::vector<CopyEvent> events;
@@ -148,5 +163,14 @@ void make_all_ready(std::vector<Thread*>* threads);
 
 void forget_counters();  // what fibers of the last launch waited for
 void run_product_group(Warp* warp);
+
+// races.cpp; nothing unless races are checked. For the current thread, if none is named.
+void start_races(Block* block);
+void pass_on(Clocks* clocks);    // arrives
+void see(const Clocks& clocks);  // what others had passed on
+void see_warp(Warp* warp);       // all lanes have met
+void check_read(uint32_t address, int bytes);
+void check_write(uint32_t address, const void* value, int bytes);  // before it; null: a load of the copy engine begins
+void pass_on_load(Clocks* clocks, int thread, uint32_t clock);     // such a load, asked for then, is here
 
 }  // namespace emulator

@@ -37,6 +37,8 @@ void check_aligned(uint32_t address, int bytes) {
 
 void write_by(Thread* thread, uint32_t address, const void* value, int bytes) {
   Block& block = *thread->block;
+  block.shared_at(address, bytes);
+  check_write(address, value, bytes);
   memcpy(block.shared_at(address, bytes), value, bytes);
   block.unfenced_by[address / 16] = static_cast<int16_t>(thread->index + 1);
   thread->unfenced.push_back(address / 16);
@@ -53,6 +55,8 @@ void store_shared(uint32_t address, const void* value, int bytes) {
 void load_shared(void* value, uint32_t address, int bytes) {
   maybe_yield();
   check_aligned(address, bytes);
+  current->block->shared_at(address, bytes);
+  check_read(address, bytes);
   memcpy(value, current->block->shared_at(address, bytes), bytes);
 }
 
@@ -90,6 +94,8 @@ void Block::complete_if_done(MBarrier* barrier) {
   if (barrier->pending > 0 || barrier->bytes != 0) return;
   barrier->phase ^= 1;
   barrier->pending = barrier->count;
+  barrier->completed.swap(barrier->arriving);
+  barrier->arriving.clear();
   make_all_ready(&barrier->waiting);
 }
 
@@ -118,7 +124,12 @@ void arrive(uint32_t address, int bytes) {
   if (barrier.pending <= 0) fail("mbarrier %d: more than %d arrivals", barrier.number, barrier.count);
   barrier.bytes += bytes;
   --barrier.pending;
+  pass_on(&barrier.arriving);
   block.complete_if_done(&barrier);
+}
+
+void vouch(uint32_t address) {
+  if (options.races == Races::kByLanes) pass_on(&current->block->barrier_at(address).arriving);
 }
 
 void wait_barrier(uint32_t address, uint32_t parity) {
@@ -132,6 +143,7 @@ void wait_barrier(uint32_t address, uint32_t parity) {
     current->parity = parity;
     block_on(State::kAtBarrier);
   }
+  see(barrier.completed);
 }
 
 // ---- named barriers: whole warps come ----
@@ -152,10 +164,18 @@ void named_barrier(int id, int threads, bool wait) {
     named.expected = threads;
     named.warps |= uint64_t{1} << warp.index;
     named.arrived += 32;
+    Thread* const last = current;
+    for (Thread* thread : warp.lanes) {
+      current = thread;
+      pass_on(&named.arriving);
+    }
+    current = last;
     if (named.arrived == threads) {
       named.arrived = 0;
       named.warps = 0;
       ++named.generation;
+      named.completed.swap(named.arriving);
+      named.arriving.clear();
       make_all_ready(&named.waiting);
     }
   });
@@ -166,6 +186,7 @@ void named_barrier(int id, int threads, bool wait) {
     current->place = id;
     block_on(State::kAtNamedBarrier);
   }
+  see(named.completed);
 }
 
 // ---- registers ----

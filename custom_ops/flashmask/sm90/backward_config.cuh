@@ -178,7 +178,7 @@ struct BackwardBarriers {
       work_full(slot).init_warps(1);
       work_empty(slot).init_warps(1 + Config::kConsumers);  // warps that bring rows or take dQ away
     }
-    asked().init(1);
+    asked().init_warps(1);
     answered().init_warps(1);
     publish_barriers();
   }

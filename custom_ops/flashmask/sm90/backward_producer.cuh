@@ -153,10 +153,7 @@ struct WorkBringer {
   uint32_t number = 0, columns = 0;  // of items and of column tiles so far
 
   __device__ __forceinline__ WorkItem item() const { return read_item<kHeadDim>(opaque(shared_base), number); }
-  __device__ __forceinline__ void ask() const {
-    if (threadIdx.x % 32 == 0) BackwardBarriers<kHeadDim>{opaque(shared_base)}.asked().arrive();
-    __syncwarp();
-  }
+  __device__ __forceinline__ void ask() const { BackwardBarriers<kHeadDim>{opaque(shared_base)}.asked().arrive_warp(); }
 
   __device__ __forceinline__ void bring_column_tile() {
     const BackwardBlock block(p, read_work<kHeadDim>(shared_base, columns));

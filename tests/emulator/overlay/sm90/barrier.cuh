@@ -14,6 +14,7 @@ struct Barrier {
   void arrive() const { emulator::arrive(address, 0); }
   void init_warps(int warps) const { init(warps); }
   void arrive_warp() const {
+    emulator::vouch(address);
     emulator::sync_warp("Barrier::arrive_warp");
     if (emulator::lane() == 0) arrive();
   }

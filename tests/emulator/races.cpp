@@ -1,0 +1,101 @@
+// Who has seen what of shared memory: every thread has a clock, and knows how far it has seen every other's (vector
+// clocks). Two accesses of a word, one of them a write, want that the later thread has seen the clock of the earlier
+// one.
+#include <algorithm>
+
+#include "state.h"
+
+namespace emulator {
+namespace {
+
+void join(Clocks* into, const Clocks& from) {
+  if (from.empty()) return;
+  if (into->empty()) into->assign(from.size(), 0);
+  uint32_t* const mine = into->data();
+  const uint32_t* const other = from.data();
+  for (size_t i = 0; i < from.size(); ++i) mine[i] = std::max(mine[i], other[i]);
+}
+
+void tick(Thread* thread) { thread->passes_on[thread->index] = ++thread->seen[thread->index]; }
+
+// What others see of a thread that arrives somewhere.
+const Clocks& passed_on(const Thread& thread) {
+  return options.races == Races::kByLanes ? thread.passes_on : thread.seen;
+}
+
+[[noreturn]] void fail_race(uint32_t word, const char* mine, const char* others, int other) {
+  fail("race: %s of shared address %u, after a %s by thread %d that it has not seen", mine, word * 4, others, other);
+}
+
+}  // namespace
+
+void start_races(Block* block) {
+  if (options.races == Races::kUnchecked) return;
+  block->words.assign(block->shared.size() / 4 + 1, Word());
+  for (Thread& thread : block->threads) {
+    thread.seen.assign(block->threads.size(), 0);
+    thread.passes_on = thread.seen;
+    tick(&thread);
+  }
+}
+
+void pass_on(Clocks* clocks) {
+  if (options.races == Races::kUnchecked) return;
+  join(clocks, passed_on(*current));
+  tick(current);
+}
+
+void pass_on_load(Clocks* clocks, int thread, uint32_t clock) {
+  if (options.races == Races::kUnchecked) return;
+  if (clocks->empty()) clocks->assign(current == nullptr ? thread + 1 : current->seen.size(), 0);
+  if (static_cast<int>(clocks->size()) <= thread) clocks->resize(thread + 1, 0);
+  (*clocks)[thread] = std::max((*clocks)[thread], clock);
+}
+
+void see(const Clocks& clocks) {
+  if (options.races == Races::kUnchecked) return;
+  join(&current->seen, clocks);
+  join(&current->passes_on, clocks);
+}
+
+void see_warp(Warp* warp) {
+  if (options.races == Races::kUnchecked) return;
+  Clocks all;
+  for (const Thread* thread : warp->lanes) join(&all, thread->seen);
+  for (Thread* thread : warp->lanes) {
+    thread->seen = all;
+    tick(thread);
+  }
+}
+
+void check_read(uint32_t address, int bytes) {
+  if (options.races == Races::kUnchecked) return;
+  Thread& me = *current;
+  for (uint32_t i = address / 4; i < (address + bytes) / 4; ++i) {
+    Word& word = me.block->words[i];
+    if (word.clock > me.seen[word.writer]) fail_race(i, "a read", "write", word.writer);
+    if (word.reads.empty()) word.reads.assign(me.seen.size(), 0);
+    word.reads[me.index] = me.seen[me.index];
+  }
+}
+
+void check_write(uint32_t address, const void* value, int bytes) {
+  if (options.races == Races::kUnchecked) return;
+  Thread& me = *current;
+  const unsigned char* there = me.block->shared.data() + address;
+  // Lanes of a warp that store the same do no harm.
+  const bool same = value != nullptr && std::equal(there, there + bytes, static_cast<const unsigned char*>(value));
+  for (uint32_t i = address / 4; i < (address + bytes) / 4; ++i) {
+    Word& word = me.block->words[i];
+    const bool harmless = same && word.writer / 32 == me.index / 32;
+    if (word.clock > me.seen[word.writer] && !harmless) fail_race(i, "a write", "write", word.writer);
+    for (size_t other = 0; other < word.reads.size(); ++other) {
+      if (word.reads[other] > me.seen[other]) fail_race(i, "a write", "read", static_cast<int>(other));
+    }
+    std::fill(word.reads.begin(), word.reads.end(), 0);
+    word.writer = me.index;
+    word.clock = me.seen[me.index];
+  }
+}
+
+}  // namespace emulator
