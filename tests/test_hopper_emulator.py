@@ -123,7 +123,7 @@ def test_skipped_tiles_change_no_bit(libraries: Libraries) -> None:
 @pytest.mark.parametrize("races", [emulated.BY_WARPS, emulated.BY_LANES])
 @pytest.mark.parametrize(("direction", "head_dim"), [(k, d) for k in ("forward", "backward") for d in (64, 128, 256)])
 def test_shared_memory_has_no_races(direction: str, head_dim: int, races: int, libraries: Libraries) -> None:
-    """Between accesses of threads, and loads of the copy engine."""
+    """Between threads, the copy engine and the tensor cores."""
     for number in range(4):
         case = dense_case(head_dim, number, blocks=1 + number % 2, deterministic=number == 2, races=races)
         case.run(libraries(direction, head_dim))
@@ -201,8 +201,9 @@ def test_no_wait_can_be_left_out(
 @pytest.mark.parametrize(
     ("direction", "barrier"),
     [
-        *(("forward", barrier) for barrier in (8, 16, 24, 28, 32)),  # of K, masks, row tiles, orders
-        *(("backward", barrier) for barrier in (0, 5, 8, 19, 27, 31, 36)),  # of steps, dO, dQ, intervals, column tiles
+        *(("forward", barrier) for barrier in (5, 8, 13, 16, 19, 24, 28, 32)),  # of Q, K, V, masks, row tiles, orders
+        *(("backward", barrier) for barrier in (0, 1, 5, 8, 19, 20)),  # of Q and steps, dO, dQ
+        *(("backward", barrier) for barrier in (22, 24, 27, 31, 36)),  # of K, V, intervals, column tiles, the scheduler
     ],
 )
 def test_races_are_noticed(direction: str, barrier: int, libraries: Libraries) -> None:

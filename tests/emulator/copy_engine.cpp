@@ -43,6 +43,10 @@ MBarrier& load_barrier(Block* block, uint32_t address) {
   return barrier;
 }
 
+void begin_reads(uint32_t source, int bytes) {
+  for (int i = 0; i < bytes; i += 16) begin_read(current, &current->stores_read, source + i);
+}
+
 void complete_bytes(Block* block, MBarrier* barrier, int bytes) {
   barrier->bytes -= bytes;
   if (barrier->pending == barrier->count && barrier->bytes < 0) {
@@ -92,6 +96,7 @@ void load_bytes(uint32_t destination, const void* source, int bytes, uint32_t ba
 void store_box(const CUtensorMap& map, uint32_t source, Corner corner) {
   Block* const block = current->block;
   check_place(block, source, box_bytes(map), 128);
+  begin_reads(source, box_bytes(map));
   const auto values = std::make_shared<std::vector<uint16_t>>();
   BulkOperation operation;
   operation.read = [=, map = map] {
@@ -115,6 +120,7 @@ void add_floats(float* destination, uint32_t source, int bytes) {
   Block* const block = current->block;
   check_place(block, source, bytes, 16);
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(destination) % 16 != 0) fail("add_floats: not in multiples of 16");
+  begin_reads(source, bytes);
   const auto values = std::make_shared<std::vector<float>>(bytes / 4);
   BulkOperation operation;
   operation.read = [=] {
@@ -144,6 +150,7 @@ void commit_stores() {
   const auto group = std::make_shared<BulkGroup>();
   group->operations.swap(current->stores);
   current->store_groups.push_back(group);
+  commit_reads(&current->stores_read);
   Block* const block = current->block;
   block->events.push_back({false, [=] {
                              group->read();
@@ -156,6 +163,7 @@ void wait_stores(int pending, bool written) {
   auto& groups = current->store_groups;
   while (!groups.empty() && groups.front()->is_written) groups.pop_front();
   for (int i = 0; i + pending < static_cast<int>(groups.size()); ++i) written ? groups[i]->write() : groups[i]->read();
+  end_reads(current, &current->stores_read, pending);
 }
 
 }  // namespace emulator

@@ -28,7 +28,7 @@ enum class Fault : int {
   kCopyWait = 9,      // waits for cp.async leave one group more unfinished
 };
 
-// Whether accesses of shared memory by threads and by loads of the copy engine are checked for races (races.cpp).
+// Whether accesses of shared memory are checked for races (races.cpp).
 enum class Races : int {
   kUnchecked = 0,
   kByWarps = 1,  // who arrives at an mbarrier vouches for all that its warp did before a common __syncwarp

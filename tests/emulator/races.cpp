@@ -16,6 +16,8 @@ void join(Clocks* into, const Clocks& from) {
   for (size_t i = 0; i < from.size(); ++i) mine[i] = std::max(mine[i], other[i]);
 }
 
+constexpr uint32_t kNotOver = ~0u;  // the clock of a read that lasts
+
 void tick(Thread* thread) { thread->passes_on[thread->index] = ++thread->seen[thread->index]; }
 
 // What others see of a thread that arrives somewhere.
@@ -77,6 +79,39 @@ void check_read(uint32_t address, int bytes) {
     if (word.reads.empty()) word.reads.assign(me.seen.size(), 0);
     word.reads[me.index] = me.seen[me.index];
   }
+}
+
+void begin_read(Thread* thread, Reading* reading, uint32_t address) {
+  if (options.races == Races::kUnchecked) return;
+  for (uint32_t i = address / 4; i < address / 4 + 4; ++i) {
+    Word& word = thread->block->words[i];
+    if (word.clock > thread->seen[word.writer]) fail_race(i, "an asynchronous read", "write", word.writer);
+    if (word.reads.empty()) word.reads.assign(thread->seen.size(), 0);
+    word.reads[thread->index] = kNotOver;
+  }
+  reading->uncommitted.push_back(address);
+}
+
+void commit_reads(Reading* reading) {
+  if (options.races == Races::kUnchecked) return;
+  reading->groups.emplace_back();
+  reading->groups.back().swap(reading->uncommitted);
+}
+
+void end_reads(Thread* thread, Reading* reading, int pending) {
+  if (options.races == Races::kUnchecked) return;
+  const auto set = [&](const std::vector<uint32_t>& addresses, uint32_t clock) {
+    for (const uint32_t address : addresses) {
+      for (uint32_t i = address / 4; i < address / 4 + 4; ++i) thread->block->words[i].reads[thread->index] = clock;
+    }
+  };
+  bool ended = false;
+  for (; static_cast<int>(reading->groups.size()) > pending; reading->groups.pop_front()) {
+    set(reading->groups.front(), thread->seen[thread->index]);
+    ended = true;
+  }
+  if (!ended) return;
+  for (const auto& group : reading->groups) set(group, kNotOver);  // what both read
 }
 
 void check_write(uint32_t address, const void* value, int bytes) {

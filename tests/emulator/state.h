@@ -34,6 +34,12 @@ struct BulkGroup {
 
 using Clocks = std::vector<uint32_t>;  // of the threads of a block; empty: nothing seen
 
+// Asynchronous reads of shared memory that were not waited for: addresses of 16 bytes, by groups.
+struct Reading {
+  std::vector<uint32_t> uncommitted;
+  std::deque<std::vector<uint32_t>> groups;
+};
+
 struct Thread {
   void* stack_pointer = nullptr;
   Block* block = nullptr;
@@ -60,8 +66,10 @@ struct Thread {
   std::vector<uint32_t> unfenced;     // 16-byte chunks of shared memory
   std::vector<uint32_t> unpublished;  // barriers
 
-  // races.cpp: what this thread has seen, itself included; and without what it only knows by its warp.
+  // races.cpp: what this thread has seen, itself included; and without what it only knows by its warp. What its groups
+  // of stores, and of its warp's products (lane 0), still read.
   Clocks seen, passes_on;
+  Reading stores_read, products_read;
 };
 
 // The accumulator of a warp while the tensor cores have it.
@@ -172,5 +180,9 @@ void see_warp(Warp* warp);       // all lanes have met
 void check_read(uint32_t address, int bytes);
 void check_write(uint32_t address, const void* value, int bytes);  // before it; null: a load of the copy engine begins
 void pass_on_load(Clocks* clocks, int thread, uint32_t clock);     // such a load, asked for then, is here
+// Asynchronous reads of 16 bytes by a thread: they last until their group is waited for.
+void begin_read(Thread* thread, Reading* reading, uint32_t address);
+void commit_reads(Reading* reading);
+void end_reads(Thread* thread, Reading* reading, int pending);
 
 }  // namespace emulator

@@ -62,6 +62,27 @@ void fetch(Block* block, const Operand& operand, int first, int count, float* va
 int row_of(int lane, int i) { return lane / 4 + i / 2 * 8; }
 int column_of(int lane, int n, int i) { return n * 8 + lane % 4 * 2 + i % 2; }
 
+// Calls visit(address) for all 16 bytes of an operand that a warp reads.
+template <typename Visit>
+void for_each_chunk(const Operand& operand, int first, int count, const Visit& visit) {
+  const int step_mn = operand.transposed ? 8 : 1, step_k = operand.transposed ? 1 : 8;
+  for (int k = 0; k < 16; k += step_k) {
+    for (int mn = 0; mn < count; mn += step_mn) visit(operand.chunk(first + mn, k));
+  }
+}
+
+void begin_reads(Warp* warp, const Product& product) {
+  if (options.races == Races::kUnchecked) return;
+  Thread* const first = warp->lanes[0];
+  const auto read = [&](uint32_t address) { begin_read(first, &first->products_read, address); };
+  // A is transposed where dS is multiplied for dQ. The first such product of a column tile reads what happens to be
+  // there, and is dropped: that is no race.
+  if (product.a == nullptr && !product.a_transposed) {
+    for_each_chunk(Operand(product.a_descriptor, false), warp->index % 4 * 16, 16, read);
+  }
+  for_each_chunk(Operand(product.b_descriptor, product.b_transposed), 0, product.groups * 8, read);
+}
+
 template <float (*kConvert)(uint16_t)>
 void multiply(Warp* warp, const WarpProduct& item) {
   const Product& product = item.product;
@@ -146,8 +167,10 @@ void commit(Warp& warp) {
                                 static_cast<uint64_t>(item.product.groups * 2 + item.product.add)}) {
       warp.product_hash = (warp.product_hash ^ part) * 0x100000001B3ull;
     }
+    begin_reads(&warp, item.product);
     group.push_back(item);
   }
+  commit_reads(&warp.lanes[0]->products_read);
   warp.product_groups.push_back(std::move(group));
   for (Thread* thread : warp.lanes) {
     thread->products.clear();
@@ -181,6 +204,7 @@ void wgmma_wait(int pending) {
   if (options.fault == Fault::kWgmmaWait) ++pending;
   collective("wgmma_wait", pending, [](Warp& warp) {
     while (warp.product_groups.size() > warp.in[0]) run_product_group(&warp);
+    end_reads(warp.lanes[0], &warp.lanes[0]->products_read, static_cast<int>(warp.in[0]));
   });
 }
 
