@@ -9,8 +9,7 @@ namespace emulator {
 namespace {
 
 void join(Clocks* into, const Clocks& from) {
-  if (from.empty()) return;
-  if (into->empty()) into->assign(from.size(), 0);
+  if (into->size() < from.size()) into->resize(from.size(), 0);
   uint32_t* const mine = into->data();
   const uint32_t* const other = from.data();
   for (size_t i = 0; i < from.size(); ++i) mine[i] = std::max(mine[i], other[i]);
@@ -49,7 +48,6 @@ void pass_on(Clocks* clocks) {
 
 void pass_on_load(Clocks* clocks, int thread, uint32_t clock) {
   if (options.races == Races::kUnchecked) return;
-  if (clocks->empty()) clocks->assign(current == nullptr ? thread + 1 : current->seen.size(), 0);
   if (static_cast<int>(clocks->size()) <= thread) clocks->resize(thread + 1, 0);
   (*clocks)[thread] = std::max((*clocks)[thread], clock);
 }

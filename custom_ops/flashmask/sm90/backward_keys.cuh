@@ -92,7 +92,7 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
   BackwardScheduler<kHeadDim> scheduler{p, shared_base};
   scheduler.take_claim();
 
-  // `number`: of the column tile at work, -1 before the first. `known`: that its successor is.
+  // `number`: of the column tile at work, -1 before the first. `early`: its successor is known before it ends.
   uint32_t number = ~0u;
   WorkItem::Kind next = scheduler.tell_next();
   while (true) {

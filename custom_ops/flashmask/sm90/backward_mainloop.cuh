@@ -57,9 +57,8 @@ struct BackwardConsumer {
         barriers{base} {}
   __device__ __forceinline__ int thread() const { return thread_in_block % kWarpgroup; }
   __device__ __forceinline__ int lane() const { return thread_in_block % 32; }
-  __device__ __forceinline__ int first_key() const {
-    return thread_in_block / 32 * 16 - kWarpgroup / 2;
-  }  // of the warp
+  // Of the warp.
+  __device__ __forceinline__ int first_key() const { return thread_in_block / 32 * 16 - kWarpgroup / 2; }
 
   // [64 keys, queries] = this warpgroup's rows of K or V times Q or dO, over the head dim.
   __device__ __forceinline__ void score_product(float (&scores)[kGroups][4], int k_place, int q_place, int stage) {
