@@ -236,11 +236,14 @@ def test_turns_are_waited_for(barrier: int, libraries: Libraries) -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "count"),
-    [(64, 8), (64, 4), (128, 8), (128, 4)],  # of prepared rows: by 8 warps for every item; of column tiles: by 2 warps
+    # Of prepared rows: by 8 warps for every item; of column tiles: by 2 warps; of sums: that they are stored.
+    [(64, 8), (64, 4), (64, 2), (128, 8), (128, 4), (128, 2)],
 )
 def test_rows_are_waited_for(head_dim: int, count: int, libraries: Libraries) -> None:
-    """Up to 128 dims: that they are prepared, and that all column tiles have added to them."""
-    cases = (dense_case(head_dim, number, s_k=200, blocks=2 + number % 2) for number in range(24))
+    """Up to 128 dims: that they are prepared, that sums are there to add to, and that all column tiles have added."""
+    cases = [dense_case(head_dim, number, s_k=200, blocks=2 + number % 2) for number in range(24)]
+    # Many column tiles for few rows.
+    cases += [dense_case(head_dim, number, s_q=70, s_k=900, blocks=4) for number in range(24)]
     library = libraries("backward", head_dim)
     assert any(is_noticed(case, library, (emulated.COUNT_WAIT, count)) for case in cases)
 

@@ -116,10 +116,13 @@ void store_box(const CUtensorMap& map, uint32_t source, Corner corner) {
   current->stores.push_back(std::move(operation));
 }
 
-void add_floats(float* destination, uint32_t source, int bytes) {
+namespace {
+
+template <typename Combine>
+void send_floats(const char* name, float* destination, uint32_t source, int bytes, const Combine& combine) {
   Block* const block = current->block;
   check_place(block, source, bytes, 16);
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(destination) % 16 != 0) fail("add_floats: not in multiples of 16");
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(destination) % 16 != 0) fail("%s: not in multiples of 16", name);
   begin_reads(source, bytes);
   const auto values = std::make_shared<std::vector<float>>(bytes / 4);
   BulkOperation operation;
@@ -127,9 +130,18 @@ void add_floats(float* destination, uint32_t source, int bytes) {
     for (int i = 0; i < bytes / 4; ++i) block->read_async(&(*values)[i], source + i * 4, 4);
   };
   operation.write = [=] {
-    for (size_t i = 0; i < values->size(); ++i) destination[i] += (*values)[i];
+    for (size_t i = 0; i < values->size(); ++i) combine(&destination[i], (*values)[i]);
   };
   current->stores.push_back(std::move(operation));
+}
+
+}  // namespace
+
+void add_floats(float* destination, uint32_t source, int bytes) {
+  send_floats("add_floats", destination, source, bytes, [](float* place, float value) { *place += value; });
+}
+void store_floats(float* destination, uint32_t source, int bytes) {
+  send_floats("store_floats", destination, source, bytes, [](float* place, float value) { *place = value; });
 }
 
 void BulkGroup::read() {

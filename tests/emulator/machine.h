@@ -56,6 +56,7 @@ const char* last_error();
 int lane();
 int threads_of_block();
 void maybe_yield();  // now and then, lets others run here
+void linger();       // often, and for long
 
 // Collectives of a warp: all 32 lanes have to come to the same one.
 void sync_warp(const char* name);
@@ -99,6 +100,7 @@ void load_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier, Co
 void load_bytes(uint32_t destination, const void* source, int bytes, uint32_t barrier);
 void store_box(const CUtensorMap& map, uint32_t source, Corner corner);
 void add_floats(float* destination, uint32_t source, int bytes);
+void store_floats(float* destination, uint32_t source, int bytes);
 void commit_stores();
 void wait_stores(int pending, bool written);
 

@@ -361,6 +361,10 @@ void maybe_yield() {
   if (random_bits() % 256 == 0) to_scheduler();
 }
 
+void linger() {
+  while (random_bits() % 32 != 0) to_scheduler();
+}
+
 void block_on(State state) {
   current->state = state;
   --current->warp->ready;

@@ -149,9 +149,8 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   if (!op.deterministic && !masked && backward_row_bytes(op, head_dim) * op.seqlen_q > beyond_cache) {
     p->row_front = row_front;
   }
-  if (op.deterministic) {
-    p->turns = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_q * p->lists.row_tiles * 2 + 1);
-  }
+  int32_t* const of_row_tiles = workspace.take<int32_t>(heads_q * p->lists.row_tiles * 2 + 1);
+  (op.deterministic ? p->turns : p->sums) = of_row_tiles;
   if (needs_lists(op)) {
     p->lists.by_column = take_list(&workspace, op, p->lists.column_tiles, p->lists.row_words);
     if (op.deterministic) p->lists.by_row = take_list(&workspace, op, p->lists.row_tiles, p->lists.column_words);

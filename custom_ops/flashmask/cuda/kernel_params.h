@@ -61,6 +61,8 @@ struct KernelParams {
   // Deterministic: column tiles that have added, [batch * heads_q, row_tiles] and then one ticket, or [batch * heads_q,
   // row_tiles, 2] for two parts of dQ.
   int32_t* turns;
+  // Else, up to 128 dims (sm90): how far the sums of each part of a row tile are, [batch * heads_q, row_tiles, 2].
+  int32_t* sums;
 };
 
 }  // namespace flashmask

@@ -183,10 +183,11 @@ cudaError_t launch_with_row_kernels(const KernelParams& p, cudaStream_t stream) 
 
 template <typename T, int kHeadDim>
 cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
-  if (p.turns != nullptr) {
+  int32_t* const of_row_tiles = p.turns != nullptr ? p.turns : BackwardConfig<kHeadDim>::kWide ? nullptr : p.sums;
+  if (of_row_tiles != nullptr) {
     const size_t parts = BackwardConfig<kHeadDim>::kConsumers;
-    const size_t turns = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
-    const cudaError_t status = cudaMemsetAsync(p.turns, 0, turns * sizeof(int32_t), stream);
+    const size_t count = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
+    const cudaError_t status = cudaMemsetAsync(of_row_tiles, 0, count * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }
   if (p.row_front != nullptr) {

@@ -221,20 +221,26 @@ struct DqSender {
   bool ready = false;
 
   static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
-  // Counts column tiles that have added this warpgroup's part.
-  __device__ __forceinline__ int32_t* turn(int row_tile) const {
-    return p.turns + static_cast<int64_t>(row_tile) * Config::kConsumers + consumer;
-  }
+  __device__ __forceinline__ int32_t* state(int row_tile) const { return sums_state(p, row_tile, consumer); }
 
-  // `first_row` counts padded rows over all heads.
-  template <typename Meanwhile>
-  __device__ __forceinline__ void add(int64_t first_row, const Meanwhile& meanwhile) {
-    const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};  // few registers: nothing is worth keeping
-    barriers.dq_full(consumer).wait_warp(parity);
+  __device__ __forceinline__ void wait_for_dq() {
+    BackwardBarriers<kHeadDim>{opaque(shared_base)}.dq_full(consumer).wait_warp(parity);
     parity ^= 1;
+  }
+  // To the sums of a row tile (over all heads), or in their place; for that dQ must be here.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void send_part(int row_tile, bool is_first, const Meanwhile& meanwhile) {
+    const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};  // few registers: nothing is worth keeping
     if (leader()) {
-      add_floats(p.dq_accumulator + first_row * kHeadDim + consumer * Layout::kDqPartFloats,
-                 barriers.base + Layout::kDq + consumer * kPartBytes, kPartBytes);
+      const int batch_head = row_tile / p.lists.row_tiles, in_head = row_tile - batch_head * p.lists.row_tiles;
+      const int64_t first_row = static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows;
+      float* const sums = p.dq_accumulator + first_row * kHeadDim + consumer * Layout::kDqPartFloats;
+      const uint32_t part = barriers.base + Layout::kDq + consumer * kPartBytes;
+      if (is_first) {
+        store_floats(sums, part, kPartBytes);
+      } else {
+        add_floats(sums, part, kPartBytes);
+      }
       commit_stores();
     }
     meanwhile();
@@ -243,6 +249,32 @@ struct DqSender {
       barriers.dq_empty(consumer).arrive();
     }
     __syncwarp();
+  }
+  // When what was sent is there: says so.
+  __device__ __forceinline__ void count_part(int row_tile) const {
+    if (leader()) {
+      wait_stores<0>();
+      fence_async_proxy_global();
+      count_up(state(row_tile));
+    }
+    __syncwarp();
+  }
+
+  // The state is looked at while dQ is computed; a claim is made only when dQ is here, so who has it keeps nobody
+  // waiting for long.
+  __device__ __forceinline__ void add(int row_tile) {
+    const bool stored = __shfl_sync(kAllLanes, read_count(state(row_tile)), 0) == kStored;
+    wait_for_dq();
+    bool is_first = false;
+    if (!stored) {
+      int32_t before = kNoSums;
+      if (leader()) before = claim(state(row_tile));
+      before = __shfl_sync(kAllLanes, before, 0);
+      is_first = before == kNoSums;
+      if (!is_first) wait_for_count_warp(state(row_tile), kStored);
+    }
+    send_part(row_tile, is_first, [] {});
+    if (is_first) count_part(row_tile);
   }
 
   // Sends the step that waits. `next` takes its place (-1: none); find_before() says how many add before that.
@@ -253,19 +285,12 @@ struct DqSender {
     if (row_tile < 0) {
       next_before = find_before();
     } else {
-      if (!ready) wait_for_count(turn(row_tile), before);
+      if (!ready) wait_for_count(state(row_tile), before);
       __syncwarp();
-      const int batch_head = row_tile / p.lists.row_tiles;
-      const int in_head = row_tile - batch_head * p.lists.row_tiles;
-      add(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows,
-          [&] { next_before = find_before(); });
-      if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(turn(next)), 0) >= next_before;
-      if (leader()) {
-        wait_stores<0>();
-        fence_async_proxy_global();
-        count_up(turn(row_tile));
-      }
-      __syncwarp();
+      wait_for_dq();
+      send_part(row_tile, before == 0, [&] { next_before = find_before(); });
+      if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(state(next)), 0) >= next_before;
+      count_part(row_tile);
     }
     row_tile = next;
     before = next_before;
@@ -275,11 +300,12 @@ struct DqSender {
   // All steps of a column tile.
   __device__ __forceinline__ void send(const BackwardBlock& block) {
     for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
+      const int row_tile = static_cast<int>(block.batch_head(p.op, head)) * p.lists.row_tiles + tile;
       if constexpr (kDeterministic) {
-        add_in_turn(static_cast<int>(block.batch_head(p.op, head)) * p.lists.row_tiles + tile,
+        add_in_turn(row_tile,
                     [&] { return turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile); });
       } else {
-        add(block.batch_head(p.op, head) * p.padded_rows + tile * Config::kRows, [] {});
+        add(row_tile);
       }
     });
     if constexpr (kDeterministic) add_in_turn(-1, [] { return 0; });

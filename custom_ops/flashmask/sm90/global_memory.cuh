@@ -40,6 +40,13 @@ __device__ __forceinline__ void count_up(int32_t* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 
+// Makes 0 a 1; returns what it was.
+__device__ __forceinline__ int32_t claim(int32_t* place) {
+  int32_t before;
+  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, 1;\n" : "=r"(before) : "l"(place) : "memory");
+  return before;
+}
+
 // Orders what the copy engine wrote to global memory before what follows.
 __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 

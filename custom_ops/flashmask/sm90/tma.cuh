@@ -72,6 +72,13 @@ __device__ __forceinline__ void add_floats(float* destination, uint32_t source, 
                : "memory");
 }
 
+// Writes them there.
+__device__ __forceinline__ void store_floats(float* destination, uint32_t source, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(destination), "r"(source),
+               "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 
 // Until at most kPending groups of this thread still read shared memory.

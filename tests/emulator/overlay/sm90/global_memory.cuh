@@ -17,6 +17,15 @@ inline void wait_for_count_warp(const int32_t* counter, int32_t value) {
   emulator::wait_for_count(counter, value);
   emulator::sync_warp("wait_for_count_warp");
 }
+inline int32_t claim(int32_t* place) {
+  emulator::maybe_yield();
+  const int32_t before = *place;
+  if (before == 0) {
+    *place = 1;
+    emulator::linger();  // so that others meet the claim
+  }
+  return before;
+}
 inline void prefetch_near(const void*) {}
 inline void count_up(int32_t* counter) { emulator::count_up(counter); }
 inline void fence_async_proxy_global() {}

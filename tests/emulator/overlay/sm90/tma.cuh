@@ -28,6 +28,9 @@ inline void load_bytes(uint32_t destination, const void* source, int bytes, uint
 inline void add_floats(float* destination, uint32_t source, int bytes) {
   emulator::add_floats(destination, source, bytes);
 }
+inline void store_floats(float* destination, uint32_t source, int bytes) {
+  emulator::store_floats(destination, source, bytes);
+}
 inline void commit_stores() { emulator::commit_stores(); }
 template <int kPending>
 void wait_stores_read() {
