@@ -1,10 +1,11 @@
-"""How evenly a queue of row tiles spreads over the multiprocessors of an H100: computed, not measured on a device.
+"""How evenly the tiles of a call spread over the multiprocessors of an H100: computed, not measured on a device.
 
-    python benchmarks/balance.py --seqlens 8192,32768
+    python benchmarks/balance.py --tokens 8192,131072 --seqlens 8192
 
-A row tile costs its visible column tiles and a fixed share; every multiprocessor takes the next one when it is done, as
-the persistent forward kernel does. `now` is the kernel's order (heads in groups that share the L2 cache, last rows
-first), `heaviest` sorts each group by cost. Both are the busiest multiprocessor's work over the mean.
+A row tile of the forward pass costs its visible column tiles and a fixed share, a column tile of the backward pass its
+visible row tiles and another; every multiprocessor takes the next one when it is done, as the persistent kernels do.
+Printed is the busiest multiprocessor's work over the mean, in the kernels' order of heads and tiles (head_groups.h)
+and, in brackets, if all groups of heads were alike. Rows that the backward pass prepares and finishes are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import heapq
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,56 +28,82 @@ from benchmarks.workloads import MASKS, Case
 from paddle_flashmask import masks
 
 MULTIPROCESSORS = 132
-CACHE_BYTES = 20 << 20  # cuda_backend.cu: keys and values of the heads that run together
-FIXED_COST = 0.6  # of a row tile, in column tiles: start, epilogue
 COLUMNS = 128
+CACHE_BYTES, LAST_BYTES = 20 << 20, 48 << 20  # cuda_backend.cu: what heads of a group take, and of the last group
 
 
-def visible_tiles(case: Case, rows: int) -> npt.NDArray[np.int64]:
-    """Column tiles that each row tile sees, `[batch, row tiles]`."""
-    indices, causal = case.indices()
-    classes = masks.block_classes(indices, causal, case.seqlen, tile=(rows, COLUMNS))
-    visible = (classes != masks.TileClass.FULLY_MASKED).sum(-1)
-    return np.broadcast_to(visible[:, 0], (case.batch, visible.shape[-1]))
+@dataclass(frozen=True)
+class Direction:
+    """What decides about the order of one kernel's tiles."""
+
+    tile_rows: dict[int, int]  # by head dim
+    fixed_cost: float  # of a piece of work, in tiles: its beginning and end
+    rows_of_last_group: int  # head_groups.h
+    smallest_share: int  # the last group has at most one head in so many
+    group_tiles: int | None  # a group needs no more heads than have so many pieces of work
+
+    def bytes_per_head(self, case: Case) -> int:
+        per_row = 4 * case.head_dim  # K and V
+        return case.seqlen * (per_row if self.group_tiles is None else 2 * per_row)  # or Q, dO and the sums of dQ
+
+    def costs(self, case: Case) -> npt.NDArray[np.float64]:
+        """Of a head's pieces of work in their order, `[batch, pieces]`."""
+        indices, causal = case.indices()
+        classes = masks.block_classes(indices, causal, case.seqlen, tile=(self.tile_rows[case.head_dim], COLUMNS))
+        seen = (classes != masks.TileClass.FULLY_MASKED)[:, 0]
+        if self.group_tiles is not None:
+            counts = seen.sum(-2)
+        else:
+            rows = np.arange(seen.shape[-2])[::-1]
+            counts = seen.sum(-1)[:, np.concatenate((rows[:1], rows[-1:], rows[1:-1]))[: len(rows)]]
+        return np.broadcast_to(counts, (case.batch, counts.shape[-1])) + self.fixed_cost
+
+    def groups(self, case: Case, pieces: int, last_larger: bool) -> Iterable[range]:
+        heads, size = case.batch * case.heads, self.bytes_per_head(case)
+        each = max(1, min(heads, CACHE_BYTES // size))
+        if self.group_tiles is not None:
+            each = min(each, -(-self.group_tiles // pieces))
+        of_last = each
+        if last_larger and case.mask != "full":
+            wanted = (-(-self.rows_of_last_group // case.seqlen), max(2, LAST_BYTES // size))
+            of_last = max(each, min(*wanted, -(-heads // self.smallest_share)))
+        last = -(-max(0, heads - of_last) // each) * each
+        yield from (range(first, first + each) for first in range(0, last, each))
+        yield range(last, heads)
+
+    def imbalance(self, case: Case, last_larger: bool) -> float:
+        """Largest over mean work when each worker takes the next piece as soon as it is free."""
+        costs = self.costs(case)
+        workers = [0.0] * MULTIPROCESSORS
+        for group in self.groups(case, costs.shape[1], last_larger):
+            for piece in range(costs.shape[1]):
+                for head in group:
+                    heapq.heapreplace(workers, workers[0] + float(costs[head // case.heads, piece]))
+        return max(workers) * MULTIPROCESSORS / (costs.sum() * case.heads)
 
 
-def imbalance(costs: list[float]) -> float:
-    """Largest over mean work when each worker takes the next piece as soon as it is free."""
-    workers = [0.0] * MULTIPROCESSORS
-    for cost in costs:
-        heapq.heapreplace(workers, workers[0] + cost)
-    return max(workers) / (sum(costs) / MULTIPROCESSORS)
-
-
-def orders(case: Case, rows: int) -> tuple[list[float], list[float]]:
-    costs = visible_tiles(case, rows) + FIXED_COST
-    heads = case.batch * case.heads
-    together = max(1, min(heads, CACHE_BYTES // (case.seqlen * case.head_dim * 4)))
-    now: list[float] = []
-    heaviest: list[float] = []
-    for first in range(0, heads, together):
-        group = range(first, min(first + together, heads))
-        items = [float(costs[head // case.heads, row]) for row in range(costs.shape[1] - 1, -1, -1) for head in group]
-        now += items
-        heaviest += sorted(items, reverse=True)
-    return now, heaviest
+FORWARD = Direction({64: 192, 128: 128}, 0.6, 128 << 10, 1, None)
+BACKWARD = Direction({64: 128, 128: 64}, 1.0, 64 << 10, 3, 32)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seqlens", default="8192,32768,131072")
-    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--tokens", default="8192,131072", help="batch * seqlen; heads * head_dim is 4096")
     arguments = parser.parse_args()
-    table = Table("seqlen", "head dim", "mask", "row tiles per multiprocessor", "now", "heaviest")
-    for seqlen in map(int, arguments.seqlens.split(",")):
-        for head_dim, rows in ((64, 192), (128, 128)):
-            for mask in MASKS:
-                batch = max(1, arguments.tokens // seqlen)
-                case = Case(mask, seqlen, head_dim, 4096 // head_dim, batch, "bfloat16")
-                now, heaviest = orders(case, rows)
-                share = f"{len(now) / MULTIPROCESSORS:.0f}"
-                row = (f"{imbalance(now):.3f}", f"{imbalance(heaviest):.3f}")
-                table.add_row(str(seqlen), str(head_dim), mask, share, *row)
+    table = Table("tokens", "seqlen", "head dim", "mask", "forward", "backward")
+    for tokens in map(int, arguments.tokens.split(",")):
+        for seqlen in map(int, arguments.seqlens.split(",")):
+            if seqlen > tokens:
+                continue
+            for head_dim in (64, 128):
+                for mask in MASKS:
+                    case = Case(mask, seqlen, head_dim, 4096 // head_dim, tokens // seqlen, "bfloat16")
+                    found = (
+                        f"{direction.imbalance(case, True):.3f} ({direction.imbalance(case, False):.3f})"
+                        for direction in (FORWARD, BACKWARD)
+                    )
+                    table.add_row(str(tokens), str(seqlen), str(head_dim), mask, *found)
     Console().print(table)
 
 

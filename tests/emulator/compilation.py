@@ -9,8 +9,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FLASHMASK = HERE.parents[1] / "custom_ops" / "flashmask"
 TYPES = {"bf16": ("__nv_bfloat16", "FLASHMASK_BFLOAT16"), "fp16": ("__half", "FLASHMASK_FLOAT16")}
-# A cache so small that heads of the tests' lengths are scheduled in several groups.
-CACHE = ("kCacheBudget = 20 << 20;", "kCacheBudget = 64 << 10;")
+# So small that heads of the tests' lengths are scheduled in several groups: the cache, and the last group.
+SMALLER = {
+    "cuda_backend.cu": ("kCacheBudget = 20 << 20;", "kCacheBudget = 64 << 10;"),
+    "head_groups.h": (
+        "kRowsOfLastGroup = 128 << 10, kKeysOfLastGroup = 64 << 10;",
+        "kRowsOfLastGroup = 512, kKeysOfLastGroup = 512;",
+    ),
+}
 FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off"),
     "-DFLASHMASK_WITH_SM90",
@@ -26,10 +32,11 @@ class Builder:
         self.source = folder / "flashmask"
         shutil.copytree(FLASHMASK, self.source)
         shutil.copytree(HERE / "overlay", self.source, dirs_exist_ok=True)
-        backend = self.source / "cuda" / "cuda_backend.cu"
-        text = backend.read_text()
-        assert CACHE[0] in text
-        backend.write_text(text.replace(*CACHE))
+        for name, (number, smaller) in SMALLER.items():
+            file = self.source / "cuda" / name
+            text = file.read_text()
+            assert number in text
+            file.write_text(text.replace(number, smaller))
         machine = [(HERE / f"{name}.cpp", "-O3") for name in ("scheduler", "synchronisation", "copy_engine", "races")]
         machine += [(HERE / "warp_matrices.cpp", "-O3")]
         machine += [(HERE / "tensor_cores.cpp", "-O3"), (HERE / "entry.cpp", "-O2")]

@@ -23,6 +23,8 @@ constexpr int64_t kCacheBudget = 20 << 20;
 // Column tiles of a head that add to dQ in turn wait for each other; with more heads at once there are fewer of each.
 // Where lists say that a mask skips tiles, that gains more than the cache loses (measured at 8K).
 constexpr int64_t kTurnsBudget = kCacheBudget * 12 / 5;
+// What heads of the last group (head_groups.h) may take, that is, of the 50 MB of an H100.
+constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
 // Above 128 dims, where a block ends with its column tile, that only pays later.
 constexpr int64_t kRowsBeyondCache = 3 * kCacheBudget, kRowsBeyondCacheWide = 5 * kCacheBudget;
@@ -139,17 +141,19 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   p->query_lse = workspace.take<float>(rows);
   p->query_delta = workspace.take<float>(rows);
   const int64_t heads_q = static_cast<int64_t>(op.batch) * op.heads_q;
-  p->work_counter = workspace.take<int32_t>(2 + heads_q + static_cast<int64_t>(op.batch) * op.heads_k);
+  const int64_t heads_k = static_cast<int64_t>(op.batch) * op.heads_k;
+  p->counters = 2 + heads_q + 2 * heads_k + heads_q * p->lists.row_tiles * 2 + 1;
+  p->work_counter = workspace.take<int32_t>(p->counters);
   p->finish_counter = p->work_counter + 1;
   p->prepared = p->work_counter + 2;
   p->finished = p->prepared + heads_q;
-  int32_t* row_front = workspace.take<int32_t>(static_cast<int64_t>(op.batch) * op.heads_k);
+  int32_t* const row_front = p->finished + heads_k;
+  int32_t* const of_row_tiles = row_front + heads_k;
   const bool masked = op.causal || needs_lists(op);  // their column tiles differ in length, and stay together anyway
   const int64_t beyond_cache = head_dim > 128 ? kRowsBeyondCacheWide : kRowsBeyondCache;
   if (!op.deterministic && !masked && backward_row_bytes(op, head_dim) * op.seqlen_q > beyond_cache) {
     p->row_front = row_front;
   }
-  int32_t* const of_row_tiles = workspace.take<int32_t>(heads_q * p->lists.row_tiles * 2 + 1);
   (op.deterministic ? p->turns : p->sums) = of_row_tiles;
   if (needs_lists(op)) {
     p->lists.by_column = take_list(&workspace, op, p->lists.column_tiles, p->lists.row_words);
@@ -235,6 +239,13 @@ int32_t heads_in_cache(int64_t budget, int64_t bytes_per_head, int64_t heads, in
   return static_cast<int32_t>(std::min(heads, ceil_div(fitting, multiple) * multiple));
 }
 
+// Heads of the last group, which should have `rows` in all; 0 where all tiles see as much.
+int64_t heads_of_last_group(const FlashmaskParams& op, int64_t rows, int64_t seqlen, int64_t bytes_per_head) {
+  if (seqlen == 0 || !(op.causal || needs_lists(op))) return 0;
+  const int64_t fitting = std::max<int64_t>(2, kLastBudget / std::max<int64_t>(1, bytes_per_head));
+  return std::min(ceil_div(rows, seqlen), fitting);
+}
+
 struct NamedTensor {
   const char* name;
   const FlashmaskTensor* tensor;
@@ -317,7 +328,9 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
 
   const int64_t group = op.heads_q / op.heads_k;
   const int64_t bytes = static_cast<int64_t>(op.seqlen_k) * (op.head_dim + op.head_dim_v) * 2 / group;
-  p.schedule_heads = heads_in_cache(kCacheBudget, bytes, static_cast<int64_t>(op.batch) * op.heads_q, group);
+  const int64_t heads = static_cast<int64_t>(op.batch) * op.heads_q;
+  p.groups = make_head_groups(heads, heads_in_cache(kCacheBudget, bytes, heads, group),
+                              heads_of_last_group(op, kRowsOfLastGroup, op.seqlen_q, bytes));
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_row != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
   FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "forward kernel");
@@ -345,9 +358,15 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   if (status != FLASHMASK_OK) return status;
   if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;
 
-  const int64_t bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q * (op.heads_q / op.heads_k);
+  const int64_t query_head_bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q;
+  const int64_t bytes = query_head_bytes * (op.heads_q / op.heads_k);
+  const int64_t heads = static_cast<int64_t>(op.batch) * op.heads_k;
   const int64_t budget = p.turns != nullptr && p.lists.by_column != nullptr ? kTurnsBudget : kCacheBudget;
-  p.schedule_heads = heads_in_cache(budget, bytes, static_cast<int64_t>(op.batch) * op.heads_k, 1);
+  // Not more than a third of all heads: before the last group begins, the rows of all its heads have to be prepared.
+  // With turns the heaviest tiles come last, and more heads at the end would not help.
+  const int64_t of_last =
+      std::min(ceil_div(heads, 3), heads_of_last_group(op, kKeysOfLastGroup, op.seqlen_k, query_head_bytes));
+  p.groups = make_head_groups(heads, heads_in_cache(budget, bytes, heads, 1), p.turns != nullptr ? 0 : of_last);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
   if (p.lists.by_column != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
   FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "backward kernels");

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../flashmask.h"
+#include "head_groups.h"
 #include "work_order.h"
 
 namespace flashmask {
@@ -38,9 +39,10 @@ struct KernelParams {
   uint32_t keep_threshold;  // dropout: 16-bit draws below it are kept
   float keep_scale;
 
-  int32_t schedule_heads;  // heads handed out together, so that their keys and values stay in the L2 cache
+  HeadGroups groups;  // of query heads, or of key heads in the backward pass
 
   int32_t* work_counter;  // persistent kernels: how many pieces of work were handed out
+  int64_t counters;       // backward: how many there are from that on, all that are zero at the start
 
   // Backward only. Rows are padded to whole tiles.
   int32_t column_works;  // column tiles of all key heads
@@ -49,9 +51,10 @@ struct KernelParams {
   int32_t row_items;
   int32_t key_head_row_items;
   WorkOrder order;
-  int32_t* finish_counter;  // how many pieces to finish were given to blocks, behind work_counter
-  int32_t* prepared;        // [batch * heads_q]: counts of what is prepared, behind that
-  int32_t* finished;        // [batch * heads_k]: counts of column tiles that have added their dQ, behind that
+  // Behind work_counter, in this order.
+  int32_t* finish_counter;  // how many pieces to finish were given to blocks
+  int32_t* prepared;        // [batch * heads_q]: counts of what is prepared
+  int32_t* finished;        // [batch * heads_k]: counts of column tiles that have added their dQ
   int32_t padded_rows;
   float* query_lse;    // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;  // [batch * heads_q, padded_rows]: sum(dout * out)

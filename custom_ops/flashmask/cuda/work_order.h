@@ -6,13 +6,14 @@
 
 #include <algorithm>
 
-#include "../mask.h"
+#include "head_groups.h"
 
 namespace flashmask {
 
 // Columns (of which a head has `columns`) need all rows (row items: `rows` a head) of their group of heads before them;
 // both are numbered group by group. The first `ahead` tickets are rows, and then both are spread evenly, until there
-// are only columns left: so at any time some blocks are at rows, which move memory, while most compute.
+// are only columns left: so at any time some blocks are at rows, which move memory, while most compute. Before the last
+// group, which is larger, rows come so much faster that they are all handed out when it begins.
 struct WorkOrder {
   int32_t ahead;
   int32_t rows_after;     // rows that are not among those
@@ -25,13 +26,19 @@ struct OrderedWork {
 };
 
 // Before the first column of a group, all its rows have been handed out, and `spare` more.
-inline WorkOrder make_work_order(int64_t columns, int64_t rows, int64_t heads, int64_t group_heads, int64_t spare) {
+inline WorkOrder make_work_order(int64_t columns, int64_t rows, int64_t heads, const HeadGroups& groups,
+                                 int64_t spare) {
+  const int64_t all_rows = heads * rows, before_last = static_cast<int64_t>(groups.before_last) * groups.each;
+  const int64_t first_group = before_last > 0 ? groups.each : heads;
   WorkOrder order;
-  order.ahead = static_cast<int32_t>(std::min(heads * rows, group_heads * rows + spare));
-  order.rows_after = static_cast<int32_t>(heads * rows - order.ahead);
+  order.ahead = static_cast<int32_t>(std::min(all_rows, first_group * rows + spare));
+  order.rows_after = static_cast<int32_t>(all_rows - order.ahead);
   // Rounded down, so that rows never fall behind.
-  order.column_share = static_cast<uint32_t>(
-      std::min<uint64_t>(0xFFFFFFFFu, (static_cast<uint64_t>(columns) << 32) / static_cast<uint64_t>(columns + rows)));
+  const auto share = [](int64_t columns, int64_t rows) {
+    if (rows == 0) return 0xFFFFFFFFu;
+    return static_cast<uint32_t>((static_cast<uint64_t>(columns) << 32) / static_cast<uint64_t>(columns + rows));
+  };
+  order.column_share = std::min(share(columns, rows), share(before_last * columns, order.rows_after));
   return order;
 }
 

@@ -119,13 +119,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     __syncthreads();
     block = *ticket;
   }
-  const int total_heads = op.batch * op.heads_k;
-  const int group = block / (p.schedule_heads * column_tiles);
-  const int rank = block - group * (p.schedule_heads * column_tiles);
-  const int group_heads = min(p.schedule_heads, total_heads - group * p.schedule_heads);
+  const HeadGroup group = group_of(p.groups, op.batch * op.heads_k, column_tiles, block);
+  const int rank = block - group.first * column_tiles;
   // Under a causal mask the first columns are seen by most rows.
-  const int column_tile = p.turns != nullptr ? column_tiles - 1 - rank / group_heads : rank / group_heads;
-  const int batch_head_k = group * p.schedule_heads + rank % group_heads;
+  const int column_tile = p.turns != nullptr ? column_tiles - 1 - rank / group.heads : rank / group.heads;
+  const int batch_head_k = group.first + rank % group.heads;
   const int batch = batch_head_k / op.heads_k;
   const int head_k = batch_head_k - batch * op.heads_k;
   const int heads_per_key = op.heads_q / op.heads_k;

@@ -68,15 +68,11 @@ __global__ void __launch_bounds__(ForwardConfig<kHeadDim>::kThreads, ForwardConf
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const FlashmaskParams& op = p.op;
 
-  // Heads are handed out in groups that share the L2 cache; in a group the last rows come first, because under a
-  // causal mask they see most.
   const int row_tiles = p.lists.row_tiles;
-  const int total_heads = op.batch * op.heads_q;
-  const int group = blockIdx.x / (p.schedule_heads * row_tiles);
-  const int rank = blockIdx.x - group * (p.schedule_heads * row_tiles);
-  const int group_heads = min(p.schedule_heads, total_heads - group * p.schedule_heads);
-  const int row_tile = row_tiles - 1 - rank / group_heads;
-  const int batch_head = group * p.schedule_heads + rank % group_heads;
+  const HeadGroup group = group_of(p.groups, op.batch * op.heads_q, row_tiles, blockIdx.x);
+  const int rank = blockIdx.x - group.first * row_tiles;
+  const int row_tile = row_tile_in_order(row_tiles, rank / group.heads);
+  const int batch_head = group.first + rank % group.heads;
   const int batch = batch_head / op.heads_q;
   const int head = batch_head - batch * op.heads_q;
   const int head_k = head / (op.heads_q / op.heads_k);

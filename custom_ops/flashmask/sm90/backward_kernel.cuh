@@ -154,20 +154,18 @@ cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   if (p.turns == nullptr) {
     // The fewer heads, the shorter rows stay prepared before they are wanted.
     const int enough = (kColumnTilesOfGroup + p.lists.column_tiles - 1) / p.lists.column_tiles;
-    p.schedule_heads = std::min(p.schedule_heads, enough);
+    p.groups = with_fewer_heads(p.groups, std::min(p.groups.each, enough));
   }
   p.row_items = (p.lists.row_tiles + kRowTilesPerItem - 1) / kRowTilesPerItem;
   p.key_head_row_items = p.op.heads_q / p.op.heads_k * p.row_items;
   int blocks = p.column_works + 2 * heads_q * p.row_items;
-  cudaError_t status = limit_to_multiprocessors(&blocks);
+  const cudaError_t status = limit_to_multiprocessors(&blocks);
   if (status != cudaSuccess) return status;
   // Rows are prepared as long before their column tiles as every block takes for one of those: nobody waits for them,
   // and they are in the L2 cache still, if there is room.
   const int64_t spare =
       (static_cast<int64_t>(blocks) * p.key_head_row_items + p.lists.column_tiles - 1) / p.lists.column_tiles;
-  p.order = make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, p.schedule_heads, spare);
-  status = cudaMemsetAsync(p.work_counter, 0, (2 + static_cast<size_t>(heads_q) + heads_k) * sizeof(int32_t), stream);
-  if (status != cudaSuccess) return status;
+  p.order = make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, p.groups, spare);
   return launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
 }
 
@@ -183,16 +181,8 @@ cudaError_t launch_with_row_kernels(const KernelParams& p, cudaStream_t stream) 
 
 template <typename T, int kHeadDim>
 cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
-  int32_t* const of_row_tiles = p.turns != nullptr ? p.turns : BackwardConfig<kHeadDim>::kWide ? nullptr : p.sums;
-  if (of_row_tiles != nullptr) {
-    const size_t parts = BackwardConfig<kHeadDim>::kConsumers;
-    const size_t count = static_cast<size_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * parts;
-    const cudaError_t status = cudaMemsetAsync(of_row_tiles, 0, count * sizeof(int32_t), stream);
-    if (status != cudaSuccess) return status;
-  }
-  if (p.row_front != nullptr) {
-    const size_t heads = static_cast<size_t>(p.op.batch) * p.op.heads_k;
-    const cudaError_t status = cudaMemsetAsync(p.row_front, 0, heads * sizeof(int32_t), stream);
+  if (!BackwardConfig<kHeadDim>::kWide || p.turns != nullptr || p.row_front != nullptr) {
+    const cudaError_t status = cudaMemsetAsync(p.work_counter, 0, p.counters * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
   }
   if constexpr (!BackwardConfig<kHeadDim>::kWide) {

@@ -160,9 +160,11 @@ struct WorkBringer {
     trace(Event::kWaitsForRows);
     if (item().waits) wait_for_rows(p, block);
     trace(Event::kRowsPrepared);
+    // With turns, not ahead: those of other blocks that come later would wait for a ticket that lies here.
+    const int ahead = p.turns != nullptr ? 0 : kStepsAhead;
     bool asked = false;
     bring_rows<kHeadDim>(p, maps, block, shared_base, &rings, [&](const auto& left) {
-      if (!asked && left() < kStepsAhead) {
+      if (!asked && left() < ahead) {
         ask();
         asked = true;
       }

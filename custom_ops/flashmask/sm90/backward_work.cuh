@@ -44,9 +44,8 @@ __device__ __forceinline__ ColumnWork column_of_group(const KernelParams& p, int
 // Column tile number `ticket` of all.
 __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
   if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
-  const int group = ticket / (p.schedule_heads * p.lists.column_tiles), first_head = group * p.schedule_heads;
-  const int group_heads = min(p.schedule_heads, p.op.batch * p.op.heads_k - first_head);
-  return column_of_group(p, first_head, group_heads, ticket - first_head * p.lists.column_tiles);
+  const HeadGroup group = group_of(p.groups, p.op.batch * p.op.heads_k, p.lists.column_tiles, ticket);
+  return column_of_group(p, group.first, group.heads, ticket - group.first * p.lists.column_tiles);
 }
 
 // How far the sums of dQ of a warpgroup's part of a row tile are (row tiles counted over all heads). Who comes first

@@ -1,7 +1,7 @@
 // Which row tile of which head a block works on next.
 //
-// The grid is persistent: a block takes tickets until there are none. Ticket order is the order of work: heads in
-// groups that share the L2 cache; in a group the last rows first, because under a causal mask they see most.
+// The grid is persistent: a block takes tickets until there are none. Ticket order is the order of work
+// (cuda/head_groups.h).
 #pragma once
 
 #include "../cuda/kernel_params.h"
@@ -26,14 +26,12 @@ __device__ __forceinline__ ForwardWork forward_work(const KernelParams& p, int t
   const FlashmaskParams& op = p.op;
   const int row_tiles = forward_row_tiles<kWarpgroups>(p);
   const int total_heads = op.batch * op.heads_q;
-  const int per_group = p.schedule_heads * row_tiles;
   if (ticket >= total_heads * row_tiles) return ForwardWork{-1, 0, 0};
-  const int group = ticket / per_group;
-  const int rank = ticket - group * per_group;
-  const int group_heads = min(p.schedule_heads, total_heads - group * p.schedule_heads);
+  const HeadGroup group = group_of(p.groups, total_heads, row_tiles, ticket);
+  const int rank = ticket - group.first * row_tiles;
   ForwardWork work;
-  work.row_tile = row_tiles - 1 - rank / group_heads;
-  work.batch_head = group * p.schedule_heads + rank % group_heads;
+  work.row_tile = row_tile_in_order(row_tiles, rank / group.heads);
+  work.batch_head = group.first + rank % group.heads;
   const int batch = work.batch_head / op.heads_q;
   const int head = work.batch_head - batch * op.heads_q;
   work.mask_index = static_cast<int64_t>(batch) * op.heads_mask + mask_head(head, op.heads_q, op.heads_mask);
