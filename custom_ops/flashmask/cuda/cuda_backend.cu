@@ -21,8 +21,9 @@ constexpr int kLargestShared = 1 << 30;
 // Heads that run at the same time should find their keys and values (or queries) in the L2 cache of 40 MB and more.
 constexpr int64_t kCacheBudget = 20 << 20;
 // Column tiles of a head that add to dQ in turn wait for each other; with more heads at once there are fewer of each.
-// Where lists say that a mask skips tiles, that gains more than the cache loses (measured at 8K).
-constexpr int64_t kTurnsBudget = kCacheBudget * 12 / 5;
+// Where lists say that a mask skips tiles, that gains more than the cache loses (measured at 8K; above 128 dims with
+// one head more).
+constexpr int64_t kTurnsBudget = kCacheBudget * 21 / 10, kTurnsBudgetWide = kCacheBudget * 12 / 5;
 // What heads of the last group (head_groups.h) may take, that is, of the 50 MB of an H100.
 constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
@@ -361,7 +362,8 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   const int64_t query_head_bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q;
   const int64_t bytes = query_head_bytes * (op.heads_q / op.heads_k);
   const int64_t heads = static_cast<int64_t>(op.batch) * op.heads_k;
-  const int64_t budget = p.turns != nullptr && p.lists.by_column != nullptr ? kTurnsBudget : kCacheBudget;
+  const int64_t turns_budget = kernel->head_dim > 128 ? kTurnsBudgetWide : kTurnsBudget;
+  const int64_t budget = p.turns != nullptr && p.lists.by_column != nullptr ? turns_budget : kCacheBudget;
   // Not more than a third of all heads: before the last group begins, the rows of all its heads have to be prepared.
   // With turns the heaviest tiles come last, and more heads at the end would not help.
   const int64_t of_last =
