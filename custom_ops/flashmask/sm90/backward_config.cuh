@@ -39,7 +39,7 @@ struct WideBackwardShape {
 template <int kHeadDim>
 struct BackwardConfig;
 template <>
-struct BackwardConfig<64> : BackwardShape<128, 2, false, true, false> {};
+struct BackwardConfig<64> : BackwardShape<128, 3, false, true, false> {};
 template <>
 struct BackwardConfig<128> : BackwardShape<64, 3, true, false, true> {};
 template <>
