@@ -229,13 +229,12 @@ struct DqSender {
     BackwardBarriers<kHeadDim>{opaque(shared_base)}.dq_full(consumer).wait_warp(parity);
     parity ^= 1;
   }
-  // To the sums of a row tile (over all heads), or in their place; for that dQ must be here.
+  // To the sums of a row tile, or in their place; for that dQ must be here. `first_row` counts padded rows over all
+  // heads.
   template <typename Meanwhile>
-  __device__ __forceinline__ void send_part(int row_tile, bool is_first, const Meanwhile& meanwhile) {
+  __device__ __forceinline__ void send_part(int64_t first_row, bool is_first, const Meanwhile& meanwhile) {
     const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};  // few registers: nothing is worth keeping
     if (leader()) {
-      const int batch_head = row_tile / p.lists.row_tiles, in_head = row_tile - batch_head * p.lists.row_tiles;
-      const int64_t first_row = static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows;
       float* const sums = p.dq_accumulator + first_row * kHeadDim + consumer * Layout::kDqPartFloats;
       const uint32_t part = barriers.base + Layout::kDq + consumer * kPartBytes;
       if (is_first) {
@@ -264,7 +263,12 @@ struct DqSender {
 
   // The state is looked at while dQ is computed; a claim is made only when dQ is here, so who has it keeps nobody
   // waiting for long.
-  __device__ __forceinline__ void add(int row_tile) {
+  __device__ __forceinline__ void add(int row_tile, int64_t first_row) {
+    if (!p.first_stores) {
+      wait_for_dq();
+      send_part(first_row, false, [] {});
+      return;
+    }
     const bool stored = __shfl_sync(kAllLanes, read_count(state(row_tile)), 0) == kStored;
     wait_for_dq();
     bool is_first = false;
@@ -275,7 +279,7 @@ struct DqSender {
       is_first = before == kNoSums;
       if (!is_first) wait_for_count_warp(state(row_tile), kStored);
     }
-    send_part(row_tile, is_first, [] {});
+    send_part(first_row, is_first, [] {});
     if (is_first) count_part(row_tile);
   }
 
@@ -290,7 +294,9 @@ struct DqSender {
       if (!ready) wait_for_count(state(row_tile), before);
       __syncwarp();
       wait_for_dq();
-      send_part(row_tile, before == 0, [&] { next_before = find_before(); });
+      const int batch_head = row_tile / p.lists.row_tiles, in_head = row_tile - batch_head * p.lists.row_tiles;
+      send_part(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows,
+                before == 0 && p.first_stores, [&] { next_before = find_before(); });
       if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(state(next)), 0) >= next_before;
       count_part(row_tile);
     }
@@ -307,7 +313,7 @@ struct DqSender {
         add_in_turn(row_tile,
                     [&] { return turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile); });
       } else {
-        add(row_tile);
+        add(row_tile, block.batch_head(p.op, head) * p.padded_rows + tile * Config::kRows);
       }
     });
     if constexpr (kDeterministic) add_in_turn(-1, [] { return 0; });

@@ -1,5 +1,6 @@
 // What a persistent backward block does for query rows, as work between column tiles: before column tiles need them
-// (delta, lse) and after the last one (dQ, which has its scale already, to its storage type).
+// (delta, lse, and zeroed sums of dQ where nobody stores the first) and after the last one (dQ, which has its scale
+// already, to its storage type).
 //
 // A row item is kRowTilesPerItem row tiles of one query head. Rows come through the stages of Q and dO like those of a
 // column tile, so the first are there when the consumers have time for them: `out` and dO to prepare, two halves of a
@@ -99,6 +100,14 @@ struct RowItem {
         }
       }
       free();
+      if (!p.first_stores) {
+        constexpr int kZeros = Config::kRows * kHeadDim / 2 / kWarpgroup / 4;  // of a thread, 16 bytes each
+        float4* zeroed =
+            reinterpret_cast<float4*>(p.dq_accumulator + (first_padded_row() + tile * Config::kRows) * kHeadDim) +
+            consumer * kZeros * kWarpgroup + thread();
+#pragma unroll
+        for (int i = 0; i < kZeros; ++i) zeroed[i * kWarpgroup] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         float delta = 0.0f;
@@ -120,7 +129,7 @@ struct RowItem {
             lse[i] == -CUDART_INF_F ? CUDART_INF_F : lse[i] * CUDART_L2E_F;
       }
     }
-    fence_async_proxy_global();  // the copy engine reads all that
+    fence_async_proxy_global();  // the copy engine reads all that, and adds to zeros
     __syncwarp();
     if (lane() == 0) count_up(p.prepared + batch_head);
   }
@@ -139,7 +148,8 @@ struct RowItem {
     static_assert(kRowTilesPerItem <= 32);
     const int64_t row_tile_of_lane =
         static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + min(lane(), tiles - 1);
-    const uint32_t summed = __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
+    const uint32_t summed =
+        __ballot_sync(kAllLanes, !p.first_stores || read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
     for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
       const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;
       uint32_t upper[kChunks][4], lower[kChunks][4];
