@@ -18,6 +18,7 @@ namespace flashmask {
 struct HeadGroups {
   int32_t each;         // heads of a group
   int32_t before_last;  // groups
+  int32_t of_last;      // heads that the last group was meant to have at most, or as many as the others
 };
 
 struct HeadGroup {
@@ -30,14 +31,8 @@ constexpr int64_t kRowsOfLastGroup = 128 << 10, kKeysOfLastGroup = 64 << 10;
 
 // The last group has at most `of_last` heads, or as many as the others.
 inline HeadGroups make_head_groups(int64_t heads, int64_t each, int64_t of_last) {
-  of_last = std::max(each, of_last);
-  const int64_t before = std::max<int64_t>(0, heads - of_last);
-  return {static_cast<int32_t>(each), static_cast<int32_t>((before + each - 1) / each)};
-}
-
-// Fewer heads a group, but no fewer in the last one.
-inline HeadGroups with_fewer_heads(const HeadGroups& groups, int32_t each) {
-  return {each, groups.before_last * groups.each / each};
+  const int64_t before = std::max<int64_t>(0, heads - std::max(each, of_last));
+  return {static_cast<int32_t>(each), static_cast<int32_t>((before + each - 1) / each), static_cast<int32_t>(of_last)};
 }
 
 // That of piece of work `number`, where each of `heads` has `pieces`. The group's are numbered from first * pieces on.

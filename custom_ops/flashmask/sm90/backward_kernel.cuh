@@ -154,7 +154,7 @@ cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   if (p.turns == nullptr) {
     // The fewer heads, the shorter rows stay prepared before they are wanted.
     const int enough = (kColumnTilesOfGroup + p.lists.column_tiles - 1) / p.lists.column_tiles;
-    p.groups = with_fewer_heads(p.groups, std::min(p.groups.each, enough));
+    p.groups = make_head_groups(heads_k, std::min(p.groups.each, enough), p.groups.of_last);
   }
   p.row_items = (p.lists.row_tiles + kRowTilesPerItem - 1) / kRowTilesPerItem;
   p.key_head_row_items = p.op.heads_q / p.op.heads_k * p.row_items;
