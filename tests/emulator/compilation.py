@@ -12,10 +12,10 @@ TYPES = {"bf16": ("__nv_bfloat16", "FLASHMASK_BFLOAT16"), "fp16": ("__half", "FL
 # So small that heads of the tests' lengths are scheduled in several groups (the cache, and the last group), and that
 # there are some whose dQ is added to zeros.
 SMALLER = (
-    ("cuda_backend.cu", "kCacheBudget = 20 << 20;", "kCacheBudget = 64 << 10;"),
-    ("cuda_backend.cu", "kFirstStores = 20 << 20;", "kFirstStores = 160 << 10;"),
+    ("cuda/cuda_backend.cu", "kCacheBudget = 20 << 20;", "kCacheBudget = 64 << 10;"),
+    ("sm90/backward_config.cuh", "kFewColumnTiles = 12,", "kFewColumnTiles = 2,"),
     (
-        "head_groups.h",
+        "cuda/head_groups.h",
         "kRowsOfLastGroup = 128 << 10, kKeysOfLastGroup = 64 << 10;",
         "kRowsOfLastGroup = 512, kKeysOfLastGroup = 512;",
     ),
@@ -36,7 +36,7 @@ class Builder:
         shutil.copytree(FLASHMASK, self.source)
         shutil.copytree(HERE / "overlay", self.source, dirs_exist_ok=True)
         for name, number, smaller in SMALLER:
-            file = self.source / "cuda" / name
+            file = self.source / name
             text = file.read_text()
             assert number in text
             file.write_text(text.replace(number, smaller))

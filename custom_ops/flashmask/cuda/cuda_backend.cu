@@ -30,10 +30,6 @@ constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // Above 128 dims, where a block ends with its column tile, that only pays later.
 constexpr int64_t kRowsBeyondCache = 3 * kCacheBudget, kRowsBeyondCacheWide = 5 * kCacheBudget;
 
-// Up to so many bytes of a head's rows, who comes first to a row tile stores its dQ there; with more, at d = 128,
-// whoever is ahead of all others would hold them up (measured at 8K and 32K).
-constexpr int64_t kFirstStores = 20 << 20;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 std::string dtype_name(int32_t dtype) {
@@ -160,7 +156,6 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
     p->row_front = row_front;
   }
   (op.deterministic ? p->turns : p->sums) = of_row_tiles;
-  p->first_stores = backward_row_bytes(op, head_dim) * op.seqlen_q <= kFirstStores;
   if (needs_lists(op)) {
     p->lists.by_column = take_list(&workspace, op, p->lists.column_tiles, p->lists.row_words);
     if (op.deterministic) p->lists.by_row = take_list(&workspace, op, p->lists.row_tiles, p->lists.column_words);

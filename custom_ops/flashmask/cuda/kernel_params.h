@@ -66,8 +66,6 @@ struct KernelParams {
   int32_t* turns;
   // Else, up to 128 dims (sm90): how far the sums of each part of a row tile are, [batch * heads_q, row_tiles, 2].
   int32_t* sums;
-  int32_t
-      first_stores;  // who comes first to a row tile stores its dQ (sm90, up to 128 dims); else it is added to zeros
 };
 
 }  // namespace flashmask

@@ -264,11 +264,6 @@ struct DqSender {
   // The state is looked at while dQ is computed; a claim is made only when dQ is here, so who has it keeps nobody
   // waiting for long.
   __device__ __forceinline__ void add(int row_tile, int64_t first_row) {
-    if (!p.first_stores) {
-      wait_for_dq();
-      send_part(first_row, false, [] {});
-      return;
-    }
     const bool stored = __shfl_sync(kAllLanes, read_count(state(row_tile)), 0) == kStored;
     wait_for_dq();
     bool is_first = false;
@@ -296,7 +291,7 @@ struct DqSender {
       wait_for_dq();
       const int batch_head = row_tile / p.lists.row_tiles, in_head = row_tile - batch_head * p.lists.row_tiles;
       send_part(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows,
-                before == 0 && p.first_stores, [&] { next_before = find_before(); });
+                before == 0, [&] { next_before = find_before(); });
       if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(state(next)), 0) >= next_before;
       count_part(row_tile);
     }

@@ -85,6 +85,10 @@ struct RowItem {
       lse[i] = -CUDART_INF_F;
       if (lse_row(i) < p.op.seqlen_q) lse[i] = p.op.lse[static_cast<int64_t>(batch_head) * p.op.seqlen_q + lse_row(i)];
     }
+    const bool zeros = wants_zeros();
+    if (zeros && warp() == 0 && lane() < tiles) {
+      *sums_state(p, static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + lane(), consumer) = kStored;
+    }
     for_each_tile(q, dout, [&](int tile, uint32_t out_place, uint32_t dout_place, const auto& free) {
       // Eight lanes a row: which of its dims a lane gets is all the same, so the swizzle is.
       const int first_row = consumer * kShare + warp() * kWarpRows + lane() / 8;
@@ -100,7 +104,7 @@ struct RowItem {
         }
       }
       free();
-      if (!p.first_stores) {
+      if (zeros) {
         constexpr int kZeros = Config::kRows * kHeadDim / 2 / kWarpgroup / 4;  // of a thread, 16 bytes each
         float4* zeroed =
             reinterpret_cast<float4*>(p.dq_accumulator + (first_padded_row() + tile * Config::kRows) * kHeadDim) +
@@ -149,7 +153,7 @@ struct RowItem {
     const int64_t row_tile_of_lane =
         static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + min(lane(), tiles - 1);
     const uint32_t summed =
-        __ballot_sync(kAllLanes, !p.first_stores || read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
+        __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
     for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
       const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;
       uint32_t upper[kChunks][4], lower[kChunks][4];
@@ -186,6 +190,25 @@ struct RowItem {
   }
 
  private:
+  // Whether dQ is added to zeros. Storing the first dQ instead saves moving them, but one column tile then holds up all
+  // that have come to the same row tile meanwhile: that pays where few add to it, or where they take turns anyway.
+  __device__ __forceinline__ bool wants_zeros() const {
+    if (p.turns != nullptr) return false;
+    if (p.lists.by_column == nullptr || p.lists.column_tiles > kMostColumnTiles) return true;
+    const int heads_q = static_cast<int>(opaque(p.op.heads_q));
+    const int batch = batch_head / heads_q, head = batch_head - batch * heads_q;
+    const int64_t mask_index = static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, heads_q, p.op.heads_mask);
+    const TileWord* words = p.lists.by_column + mask_index * p.lists.column_tiles * p.lists.row_words + first_tile / 32;
+    int seen_by = 0;
+#pragma unroll
+    for (int column = lane(); column < kMostColumnTiles; column += 32) {
+      if (column < p.lists.column_tiles) {
+        const uint32_t seen = words[column * p.lists.row_words].active >> first_tile % 32;
+        seen_by += (seen & low_bits(kRowTilesPerItem)) != 0;
+      }
+    }
+    return __reduce_add_sync(kAllLanes, seen_by) > kFewColumnTiles;
+  }
   static __device__ __forceinline__ float product(const uint4& left, const uint4& right) {
     const uint32_t a[4] = {left.x, left.y, left.z, left.w}, b[4] = {right.x, right.y, right.z, right.w};
     float sum = 0.0f;

@@ -48,9 +48,9 @@ __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int tic
   return column_of_group(p, group.first, group.heads, ticket - group.first * p.lists.column_tiles);
 }
 
-// How far the sums of dQ of a warpgroup's part of a row tile are (row tiles counted over all heads). Where first_stores
-// is set, who comes first stores its own there, and nobody has to write zeros before. In the deterministic mode it is
-// the number of column tiles that have added; else one of these.
+// How far the sums of dQ of a warpgroup's part of a row tile are (row tiles counted over all heads). Who comes first
+// stores its own there, if no zeros were written before (which count as stored). In the deterministic mode it is the
+// number of column tiles that have added; else one of these.
 enum SumsState : int32_t { kNoSums = 0, kBeingStored = 1, kStored = 2 };
 __device__ __forceinline__ int32_t* sums_state(const KernelParams& p, int64_t row_tile, int consumer) {
   return (p.turns != nullptr ? p.turns : p.sums) + row_tile * 2 + consumer;
