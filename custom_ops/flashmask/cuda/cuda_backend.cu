@@ -21,9 +21,11 @@ constexpr int kLargestShared = 1 << 30;
 // Heads that run at the same time should find their keys and values (or queries) in the L2 cache of 40 MB and more.
 constexpr int64_t kCacheBudget = 20 << 20;
 // Column tiles of a head that add to dQ in turn wait for each other; with more heads at once there are fewer of each.
-// Where lists say that a mask skips tiles, that gains more than the cache loses (measured at 8K; above 128 dims with
-// one head more).
-constexpr int64_t kTurnsBudget = kCacheBudget * 21 / 10, kTurnsBudgetWide = kCacheBudget * 12 / 5;
+// Where there are lists, that gains more than the cache loses, and most where they leave few pairs of tiles, at most so
+// large a part of all: a row tile that all column tiles see is then what all wait for (measured at 8K).
+constexpr int64_t kTurnsBudget = kCacheBudget * 9 / 5;
+constexpr int64_t kSparseTurnsBudget = kCacheBudget * 5 / 2, kSparseTurnsBudgetWide = kCacheBudget * 5;
+constexpr double kFewTiles = 0.3;
 // What heads of the last group (head_groups.h) may take, that is, of the 50 MB of an H100.
 constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
@@ -158,7 +160,10 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   (op.deterministic ? p->turns : p->sums) = of_row_tiles;
   if (needs_lists(op)) {
     p->lists.by_column = take_list(&workspace, op, p->lists.column_tiles, p->lists.row_words);
-    if (op.deterministic) p->lists.by_row = take_list(&workspace, op, p->lists.row_tiles, p->lists.column_words);
+    if (op.deterministic) {
+      p->lists.by_row = take_list(&workspace, op, p->lists.row_tiles, p->lists.column_words);
+      p->active_tiles = workspace.take<unsigned long long>(1);
+    }
   }
   return workspace.bytes();
 }
@@ -362,14 +367,20 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   const int64_t query_head_bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q;
   const int64_t bytes = query_head_bytes * (op.heads_q / op.heads_k);
   const int64_t heads = static_cast<int64_t>(op.batch) * op.heads_k;
-  const int64_t turns_budget = kernel->head_dim > 128 ? kTurnsBudgetWide : kTurnsBudget;
-  const int64_t budget = p.turns != nullptr && p.lists.by_column != nullptr ? turns_budget : kCacheBudget;
+  const int64_t budget = p.active_tiles != nullptr ? kTurnsBudget : kCacheBudget;
   // Not more than a third of all heads: before the last group begins, the rows of all its heads have to be prepared.
   // With turns the heaviest tiles come last, and more heads at the end would not help.
   const int64_t of_last =
       std::min(ceil_div(heads, 3), heads_of_last_group(op, kKeysOfLastGroup, op.seqlen_k, query_head_bytes));
   p.groups = make_head_groups(heads, heads_in_cache(budget, bytes, heads, 1), p.turns != nullptr ? 0 : of_last);
   const cudaStream_t stream = static_cast<cudaStream_t>(op.stream);
+  if (p.active_tiles != nullptr) {
+    const int64_t sparse_budget = kernel->head_dim > 128 ? kSparseTurnsBudgetWide : kSparseTurnsBudget;
+    p.sparse_groups = make_head_groups(heads, heads_in_cache(sparse_budget, bytes, heads, 1), 0);
+    p.few_tiles = static_cast<unsigned long long>(kFewTiles * op.batch * op.heads_mask * p.lists.row_tiles *
+                                                  p.lists.column_tiles);
+    FLASHMASK_CUDA_CHECK(cudaMemsetAsync(p.active_tiles, 0, sizeof(*p.active_tiles), stream), "zeroed counter");
+  }
   if (p.lists.by_column != nullptr) FLASHMASK_CUDA_CHECK(launch_tile_lists(p, stream), "tile list kernel");
   FLASHMASK_CUDA_CHECK(kernel->launch(p, device.shared_limit, stream), "backward kernels");
   return FLASHMASK_OK;

@@ -51,6 +51,12 @@ struct KernelParams {
   int32_t row_items;
   int32_t key_head_row_items;
   WorkOrder order;
+  // Deterministic, where there are lists: how many pairs of tiles these say are active, and the same for masks that
+  // leave at most so many.
+  unsigned long long* active_tiles;
+  unsigned long long few_tiles;
+  HeadGroups sparse_groups;
+  WorkOrder sparse_order;
   // Behind work_counter, in this order.
   int32_t* finish_counter;  // how many pieces to finish were given to blocks
   int32_t* prepared;        // [batch * heads_q]: counts of what is prepared

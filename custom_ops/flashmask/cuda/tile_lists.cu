@@ -83,14 +83,17 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
     }
   }
   if (lists.by_column != nullptr) {
+    int active = 0;
     for (int item = blockIdx.y * kWarps + warp; item < kTilesPerBlock * lists.row_words; item += gridDim.y * kWarps) {
       const int slot = item % kTilesPerBlock, row_word = item / kTilesPerBlock;
       if (first_tile + slot >= lists.column_tiles) continue;
       const TileWord word = vote(classify(row_word * 32 + lane, slot));
+      active += __popc(word.active);
       if (lane == 0) {
         lists.by_column[(mask_head * lists.column_tiles + first_tile + slot) * lists.row_words + row_word] = word;
       }
     }
+    if (p.active_tiles != nullptr && lane == 0) atomicAdd(p.active_tiles, static_cast<unsigned long long>(active));
   }
 }
 

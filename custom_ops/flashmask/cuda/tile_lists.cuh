@@ -13,6 +13,11 @@ __device__ __forceinline__ uint32_t low_bits(int count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
+// Which of two schedules is right is only known to the lists.
+__device__ __forceinline__ bool takes_sparse_schedule(const KernelParams& p) {
+  return p.active_tiles != nullptr && *p.active_tiles <= p.few_tiles;
+}
+
 // Column tiles [first, end) that a row tile sees, or row tiles that a column tile is seen from, when only the causal
 // flag masks. Those in [unmasked_first, unmasked_end) need no masking.
 struct TileSpan {

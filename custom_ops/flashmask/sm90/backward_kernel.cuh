@@ -165,7 +165,11 @@ cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   // and they are in the L2 cache still, if there is room.
   const int64_t spare =
       (static_cast<int64_t>(blocks) * p.key_head_row_items + p.lists.column_tiles - 1) / p.lists.column_tiles;
-  p.order = make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, p.groups, spare);
+  const auto order = [&](const HeadGroups& groups) {
+    return make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, groups, spare);
+  };
+  p.order = order(p.groups);
+  if (p.active_tiles != nullptr) p.sparse_order = order(p.sparse_groups);
   return launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
 }
 

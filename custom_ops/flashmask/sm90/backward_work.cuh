@@ -44,7 +44,7 @@ __device__ __forceinline__ ColumnWork column_of_group(const KernelParams& p, int
 // Column tile number `ticket` of all.
 __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
   if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
-  const HeadGroup group = group_of(p.groups, p.op.batch * p.op.heads_k, p.lists.column_tiles, ticket);
+  const HeadGroup group = group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, p.op.batch * p.op.heads_k, p.lists.column_tiles, ticket);
   return column_of_group(p, group.first, group.heads, ticket - group.first * p.lists.column_tiles);
 }
 
@@ -85,7 +85,7 @@ __device__ __forceinline__ int row_item_number(const KernelParams& p, const Colu
 }
 
 __device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ticket) {
-  const OrderedWork work = in_order(p.order, ticket);
+  const OrderedWork work = in_order(takes_sparse_schedule(p) ? p.sparse_order : p.order, ticket);
   if (!work.is_column) return {WorkItem::kPrepareRows, row_item_place(p, work.number), false};
   const ColumnWork place = column_work(p, work.number);
   return {place.batch < 0 ? WorkItem::kNothing : WorkItem::kColumnTile, place, false};

@@ -71,9 +71,10 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 
 inline void __threadfence() {}
 [[noreturn]] inline void __trap() { emulator::fail("trap"); }
-inline int atomicAdd(int* place, int value) {
+template <typename T>
+inline T atomicAdd(T* place, T value) {
   emulator::maybe_yield();
-  const int old = *place;
+  const T old = *place;
   *place += value;
   return old;
 }
