@@ -29,8 +29,8 @@ constexpr double kFewTiles = 0.3;
 // What heads of the last group (head_groups.h) may take, that is, of the 50 MB of an H100.
 constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
-// Above 128 dims, where a block ends with its column tile, that only pays later.
-constexpr int64_t kRowsBeyondCache = 3 * kCacheBudget, kRowsBeyondCacheWide = 5 * kCacheBudget;
+// Up to 64 dims, where a row tile is less to read for as many products, that costs more than staying together only later.
+constexpr int64_t kRowsBeyondCache = kCacheBudget * 3 / 2, kRowsBeyondCache64 = kCacheBudget * 3;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -153,7 +153,7 @@ int64_t plan_backward(const TileShape& shape, int head_dim, void* workspace_base
   int32_t* const row_front = p->finished + heads_k;
   int32_t* const of_row_tiles = row_front + heads_k;
   const bool masked = op.causal || needs_lists(op);  // their column tiles differ in length, and stay together anyway
-  const int64_t beyond_cache = head_dim > 128 ? kRowsBeyondCacheWide : kRowsBeyondCache;
+  const int64_t beyond_cache = head_dim > 64 ? kRowsBeyondCache : kRowsBeyondCache64;
   if (!op.deterministic && !masked && backward_row_bytes(op, head_dim) * op.seqlen_q > beyond_cache) {
     p->row_front = row_front;
   }
