@@ -21,15 +21,15 @@ constexpr int kLargestShared = 1 << 30;
 // Heads that run at the same time should find their keys and values (or queries) in the L2 cache of 40 MB and more.
 constexpr int64_t kCacheBudget = 20 << 20;
 // Column tiles of a head that add to dQ in turn wait for each other; with more heads at once there are fewer of each.
-// Where there are lists, that gains more than the cache loses, and most where they leave few pairs of tiles, at most so
-// large a part of all: a row tile that all column tiles see is then what all wait for (measured at 8K).
+// Where there are lists, that gains more than the cache loses, and most where they leave few pairs of tiles (at most so
+// large a part of all): what all wait for is then a row tile that all column tiles see. Measured at 8K.
 constexpr int64_t kTurnsBudget = kCacheBudget * 9 / 5;
 constexpr int64_t kSparseTurnsBudget = kCacheBudget * 5 / 2, kSparseTurnsBudgetWide = kCacheBudget * 5;
 constexpr double kFewTiles = 0.3;
 // What heads of the last group (head_groups.h) may take, that is, of the 50 MB of an H100.
 constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
-// Up to 64 dims, where a row tile is less to read for as many products, that costs more than staying together only later.
+// Up to 64 dims, with fewer bytes to read for as many products, to stay together pays only later.
 constexpr int64_t kRowsBeyondCache = kCacheBudget * 3 / 2, kRowsBeyondCache64 = kCacheBudget * 3;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -290,8 +290,8 @@ struct DqSender {
       __syncwarp();
       wait_for_dq();
       const int batch_head = row_tile / p.lists.row_tiles, in_head = row_tile - batch_head * p.lists.row_tiles;
-      send_part(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows,
-                before == 0, [&] { next_before = find_before(); });
+      send_part(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows, before == 0,
+                [&] { next_before = find_before(); });
       if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(state(next)), 0) >= next_before;
       count_part(row_tile);
     }

@@ -152,8 +152,7 @@ struct RowItem {
     static_assert(kRowTilesPerItem <= 32);
     const int64_t row_tile_of_lane =
         static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + min(lane(), tiles - 1);
-    const uint32_t summed =
-        __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
+    const uint32_t summed = __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
     for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
       const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;
       uint32_t upper[kChunks][4], lower[kChunks][4];
@@ -194,14 +193,16 @@ struct RowItem {
   // that have come to the same row tile meanwhile: that pays where few add to it, or where they take turns anyway.
   __device__ __forceinline__ bool wants_zeros() const {
     if (p.turns != nullptr) return false;
-    if (p.lists.by_column == nullptr || p.lists.column_tiles > kMostColumnTiles) return true;
+    if (p.lists.by_column == nullptr || p.lists.column_tiles > kCountedColumnTiles) return true;
     const int heads_q = static_cast<int>(opaque(p.op.heads_q));
     const int batch = batch_head / heads_q, head = batch_head - batch * heads_q;
-    const int64_t mask_index = static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, heads_q, p.op.heads_mask);
+    const int64_t mask_index =
+        static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, heads_q, p.op.heads_mask);
     const TileWord* words = p.lists.by_column + mask_index * p.lists.column_tiles * p.lists.row_words + first_tile / 32;
+    static_assert(32 % kRowTilesPerItem == 0);
     int seen_by = 0;
 #pragma unroll
-    for (int column = lane(); column < kMostColumnTiles; column += 32) {
+    for (int column = lane(); column < kCountedColumnTiles; column += 32) {
       if (column < p.lists.column_tiles) {
         const uint32_t seen = words[column * p.lists.row_words].active >> first_tile % 32;
         seen_by += (seen & low_bits(kRowTilesPerItem)) != 0;

@@ -44,7 +44,8 @@ __device__ __forceinline__ ColumnWork column_of_group(const KernelParams& p, int
 // Column tile number `ticket` of all.
 __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
   if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
-  const HeadGroup group = group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, p.op.batch * p.op.heads_k, p.lists.column_tiles, ticket);
+  const HeadGroup group = group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, p.op.batch * p.op.heads_k,
+                                   p.lists.column_tiles, ticket);
   return column_of_group(p, group.first, group.heads, ticket - group.first * p.lists.column_tiles);
 }
 
