@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     __syncthreads();
     block = *ticket;
   }
-  const HeadGroup group = group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, op.batch * op.heads_k, column_tiles, block);
+  const HeadGroup group =
+      group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, op.batch * op.heads_k, column_tiles, block);
   const int rank = block - group.first * column_tiles;
   // Under a causal mask the first columns are seen by most rows.
   const int column_tile = p.turns != nullptr ? column_tiles - 1 - rank / group.heads : rank / group.heads;
