@@ -100,6 +100,22 @@ def test_many_groups_of_heads(head_dim: int, libraries: Libraries) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("no_skip", [False, True])
+def test_schedules_of_the_deterministic_mode(no_skip: bool, head_dim: int, libraries: Libraries) -> None:
+    """With few active tiles (a block mask) more heads at once than with all."""
+    library = libraries("backward", head_dim)
+    shape: dict[str, Any] = {"b": 2, "s_q": 40, "s_k": 600, "h_q": 10, "h_k": 5, "h_m": 5}
+    case = dense_case(head_dim, 1, **shape, block_mask=not no_skip, no_skip=no_skip, deterministic=True)
+    first = case.run(library)
+    errors = case.errors(first)
+    assert max(errors.values()) < LIMIT, (case, errors)
+    for schedule in range(1, 4):
+        case.schedule, case.blocks = schedule, 1 + schedule
+        for name, array in case.run(library).items():
+            np.testing.assert_array_equal(array, first[name], f"{name}, schedule {schedule}")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_column_tiles_begin_where_others_are(head_dim: int, libraries: Libraries) -> None:
     """Rows beyond the cache (a small one here), nothing masked: from any row tile on and around."""
     library = libraries("backward", head_dim)

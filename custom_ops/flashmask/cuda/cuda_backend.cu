@@ -29,7 +29,7 @@ constexpr double kFewTiles = 0.3;
 // What heads of the last group (head_groups.h) may take, that is, of the 50 MB of an H100.
 constexpr int64_t kLastBudget = kCacheBudget * 12 / 5;
 // A head whose rows take more than this in the backward pass is read again by every column tile that is at other rows.
-// Up to 64 dims, with fewer bytes to read for as many products, to stay together pays only later.
+// Up to 64 dims, to stay together was measured to pay only later.
 constexpr int64_t kRowsBeyondCache = kCacheBudget * 3 / 2, kRowsBeyondCache64 = kCacheBudget * 3;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

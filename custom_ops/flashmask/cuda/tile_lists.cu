@@ -93,7 +93,9 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
         lists.by_column[(mask_head * lists.column_tiles + first_tile + slot) * lists.row_words + row_word] = word;
       }
     }
-    if (p.active_tiles != nullptr && lane == 0) atomicAdd(p.active_tiles, static_cast<unsigned long long>(active));
+    if (p.active_tiles != nullptr && lane == 0 && active > 0) {
+      atomicAdd(p.active_tiles, static_cast<unsigned long long>(active));
+    }
   }
 }
 

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
   // Deterministic: blocks take their turn on dQ in the order of descending column tiles, so they must also start in
   // that order; a ticket makes sure of it whatever order the hardware starts them in.
+  const bool sparse = takes_sparse_schedule(p);
   int block = blockIdx.x;
   if (p.turns != nullptr) {
     int* ticket = reinterpret_cast<int*>(shared + Layout::kBounds);  // free until the first bounds come
@@ -119,8 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     __syncthreads();
     block = *ticket;
   }
-  const HeadGroup group =
-      group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, op.batch * op.heads_k, column_tiles, block);
+  const HeadGroup group = group_of(sparse ? p.sparse_groups : p.groups, op.batch * op.heads_k, column_tiles, block);
   const int rank = block - group.first * column_tiles;
   // Under a causal mask the first columns are seen by most rows.
   const int column_tile = p.turns != nullptr ? column_tiles - 1 - rank / group.heads : rank / group.heads;

@@ -51,7 +51,7 @@ struct BackwardConfig<256> : WideBackwardShape<2> {};
 constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
 // Row tiles that are prepared or finished at a time: 256 KiB to read and as much to write, or half of that.
 constexpr int kRowTilesPerItem = 8;
-// A row item that so few column tiles see is not given zeros; they are counted where there are not more than so many.
+// A row item that so few column tiles see is not given zeros, where there are lists of not more than so many.
 constexpr int kFewColumnTiles = 12, kCountedColumnTiles = 128;
 // Heads are handed out together until they have so many column tiles: a quarter of an H100's blocks.
 constexpr int kColumnTilesOfGroup = 32;

@@ -31,6 +31,7 @@ template <typename T, int kHeadDim, bool kDeterministic>
 __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMaps& maps, uint32_t base, int warp) {
   using Layout = BackwardLayout<kHeadDim>;
   using KTile = typename Layout::KTile;
+  const bool sparse = takes_sparse_schedule(p);
   int number = blockIdx.x;
   if constexpr (kDeterministic) {
     const uint32_t ticket = base + Layout::kWork;
@@ -38,7 +39,7 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
     __syncthreads();
     number = load_shared_32(ticket);
   }
-  ColumnWork work = column_work(p, number);
+  ColumnWork work = column_work(p, number, sparse);
   if (warp == 0) work.first_row_tile = first_row_tile(p, work);  // nobody else goes through the rows, but in turns
   const BackwardBlock block(p, work);
   if (warp < kWarpgroup / 32) {
@@ -48,7 +49,7 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
       bring_rows<kHeadDim>(p, maps, block, base, &rings, [](const auto&) {});
       bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, block.masks(p.op) - 1);
     } else if (warp == 3) {
-      bring_wide_keys<kHeadDim>(p, maps, block, column_work(p, number + kBlocksAhead), base);
+      bring_wide_keys<kHeadDim>(p, maps, block, column_work(p, number + kBlocksAhead, sparse), base);
     } else if (kDeterministic && warp <= Layout::Config::kConsumers) {
       manage_turns<kHeadDim>(p, block, base, warp - 1);
     }

@@ -89,7 +89,7 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
   const bool leader = threadIdx.x % 32 == 0;
   Ring<kBoundsBuffers> bounds;
   const auto block = [&](uint32_t number) { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
-  BackwardScheduler<kHeadDim> scheduler{p, shared_base};
+  BackwardScheduler<kHeadDim> scheduler{p, shared_base, takes_sparse_schedule(p)};
   scheduler.take_claim();
 
   // `number`: of the column tile at work, -1 before the first. `early`: its successor is known before it ends.

@@ -87,7 +87,9 @@ struct RowItem {
     }
     const bool zeros = wants_zeros();
     if (zeros && warp() == 0 && lane() < tiles) {
-      *sums_state(p, static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + lane(), consumer) = kStored;
+      // May be seen before the zeros are there. Whoever adds has waited for all prepared rows of the head, too.
+      store_state(sums_state(p, static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + lane(), consumer),
+                  kStored);
     }
     for_each_tile(q, dout, [&](int tile, uint32_t out_place, uint32_t dout_place, const auto& free) {
       // Eight lanes a row: which of its dims a lane gets is all the same, so the swizzle is.
@@ -190,7 +192,8 @@ struct RowItem {
 
  private:
   // Whether dQ is added to zeros. Storing the first dQ instead saves moving them, but one column tile then holds up all
-  // that have come to the same row tile meanwhile: that pays where few add to it, or where they take turns anyway.
+  // that have come to the same row tile meanwhile: that pays where few add to it, or where they take turns anyway. How
+  // many do is only looked up where there are lists, and not too long ones.
   __device__ __forceinline__ bool wants_zeros() const {
     if (p.turns != nullptr) return false;
     if (p.lists.by_column == nullptr || p.lists.column_tiles > kCountedColumnTiles) return true;

@@ -68,6 +68,7 @@ struct BackwardScheduler {
 
   const KernelParams& p;
   uint32_t shared_base;
+  bool sparse;                      // which schedule
   uint32_t items = 0, columns = 0;  // that were told
   int claim = 0;                    // the row item that this block is to finish
   bool has_tickets = true, just_finishes = false;
@@ -93,7 +94,7 @@ struct BackwardScheduler {
     just_finishes = finishes;
     if (finishes) return finish_claim(false);
     if (has_tickets) {
-      const WorkItem next = item_of_ticket(p, count_on(p.work_counter));
+      const WorkItem next = item_of_ticket(p, count_on(p.work_counter), sparse);
       if (next.kind != WorkItem::kNothing) return next;
       has_tickets = false;
     }

@@ -41,11 +41,11 @@ __device__ __forceinline__ ColumnWork column_of_group(const KernelParams& p, int
                     p.turns != nullptr ? p.lists.column_tiles - 1 - tile : tile};
 }
 
-// Column tile number `ticket` of all.
-__device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket) {
+// Column tile number `ticket` of all. `sparse`: takes_sparse_schedule(), asked for before the ticket.
+__device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int ticket, bool sparse) {
   if (ticket >= p.column_works) return ColumnWork{-1, 0, 0};
-  const HeadGroup group = group_of(takes_sparse_schedule(p) ? p.sparse_groups : p.groups, p.op.batch * p.op.heads_k,
-                                   p.lists.column_tiles, ticket);
+  const HeadGroup group =
+      group_of(sparse ? p.sparse_groups : p.groups, p.op.batch * p.op.heads_k, p.lists.column_tiles, ticket);
   return column_of_group(p, group.first, group.heads, ticket - group.first * p.lists.column_tiles);
 }
 
@@ -85,10 +85,10 @@ __device__ __forceinline__ int row_item_number(const KernelParams& p, const Colu
   return (place.batch * p.op.heads_q + place.head_k) * p.row_items + place.column_tile;
 }
 
-__device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ticket) {
-  const OrderedWork work = in_order(takes_sparse_schedule(p) ? p.sparse_order : p.order, ticket);
+__device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ticket, bool sparse) {
+  const OrderedWork work = in_order(sparse ? p.sparse_order : p.order, ticket);
   if (!work.is_column) return {WorkItem::kPrepareRows, row_item_place(p, work.number), false};
-  const ColumnWork place = column_work(p, work.number);
+  const ColumnWork place = column_work(p, work.number, sparse);
   return {place.batch < 0 ? WorkItem::kNothing : WorkItem::kColumnTile, place, false};
 }
 
@@ -120,7 +120,7 @@ struct BackwardBlock {
 };
 
 // Where column tiles are to stay together (row_front): a row tile that another one is at. With more rows than the L2
-// cache holds, those that run together so share rows in the cache. If all began with the first, fast multiprocessors
+// cache keeps, those that run together so share rows in the cache. If all began with the first, fast multiprocessors
 // would get further ahead of slow ones with every column tile, until each read its own rows from DRAM.
 __device__ __forceinline__ volatile int32_t* row_front(const KernelParams& p, int batch, int head_k) {
   return p.row_front + static_cast<int64_t>(batch) * p.op.heads_k + head_k;

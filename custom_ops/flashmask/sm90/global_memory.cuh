@@ -40,6 +40,10 @@ __device__ __forceinline__ void count_up(int32_t* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 
+// Without any order to what is written before or after.
+__device__ __forceinline__ void store_state(int32_t* place, int32_t value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;\n" ::"l"(place), "r"(value) : "memory");
+}
 // Makes 0 a 1; returns what it was.
 __device__ __forceinline__ int32_t claim(int32_t* place) {
   int32_t before;

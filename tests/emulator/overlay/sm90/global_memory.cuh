@@ -17,6 +17,10 @@ inline void wait_for_count_warp(const int32_t* counter, int32_t value) {
   emulator::wait_for_count(counter, value);
   emulator::sync_warp("wait_for_count_warp");
 }
+inline void store_state(int32_t* place, int32_t value) {
+  emulator::maybe_yield();
+  *place = value;
+}
 inline int32_t claim(int32_t* place) {
   emulator::maybe_yield();
   const int32_t before = *place;
