@@ -1,6 +1,6 @@
 """What a results file of benchmarks/kernels.py says: rates over the own causal's, time ratios to rivals, goals.
 
-    python benchmarks/summary.py benchmarks/results/h100-kernels.json
+    python benchmarks/summary.py benchmarks/results/h100-kernels-64-128.json
 
 Ratios are taken within one file, which is one run. Rates count every 128x128 tile that is not fully masked as full.
 """
