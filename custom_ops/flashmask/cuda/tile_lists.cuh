@@ -13,7 +13,8 @@ __device__ __forceinline__ uint32_t low_bits(int count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
-// Which of two schedules is right is only known to the lists.
+// Whether p.sparse_groups and p.sparse_order hold instead of p.groups and p.order: the lists leave few pairs of tiles,
+// which the host does not know. The same all through a kernel.
 __device__ __forceinline__ bool takes_sparse_schedule(const KernelParams& p) {
   return p.active_tiles != nullptr && *p.active_tiles <= p.few_tiles;
 }
