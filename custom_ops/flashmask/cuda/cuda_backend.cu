@@ -234,6 +234,7 @@ KernelParams common_params(const FlashmaskParams& op) {
   p.negative_scale = op.softmax_scale < 0;
   // Masked scores are -inf, and -inf * 0 would be NaN: a scale of zero becomes one that no finite score can feel.
   p.scale_log2 = std::max(fabsf(op.softmax_scale) * 1.4426950408889634f, 1e-30f);
+  p.signed_scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
   p.no_skip = (op.flags & FLASHMASK_FLAG_NO_SKIP) != 0;
   p.keep_threshold = dropout_keep_threshold(op.dropout);
   p.keep_scale = dropout_keep_scale(p.keep_threshold);

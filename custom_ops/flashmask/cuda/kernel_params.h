@@ -33,6 +33,7 @@ struct KernelParams {
   TileLists lists;
 
   float scale_log2;        // |softmax_scale| * log2(e), never zero
+  float signed_scale_log2;  // with the sign of softmax_scale
   int32_t negative_scale;  // softmax_scale < 0
   int32_t no_skip;
 

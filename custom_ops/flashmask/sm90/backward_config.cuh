@@ -8,7 +8,7 @@
 namespace flashmask::sm90 {
 
 // Up to 128 dims: the two consumer warpgroups own 64 keys each and do the same (backward_mainloop.cuh).
-template <int kRows_, int kQStages_, bool kSplitsDims_, bool kRoundedP_, bool kTurnIncludesDs_>
+template <int kRows_, int kQStages_, bool kSplitsDims_, bool kRoundedP_, bool kTurnIncludesDs_, int kDvPiece_>
 struct BackwardShape {
   static constexpr bool kWide = false;
   static constexpr int kRows = kRows_;  // queries of a row tile
@@ -20,8 +20,11 @@ struct BackwardShape {
   static constexpr bool kSplitsDims = kSplitsDims_;
   // dS from the rounded P^T, which dV needs anyway, instead of keeping P^T in float32 beside it.
   static constexpr bool kRoundedP = kRoundedP_;
-  // The warpgroups take turns at exponentials; whether a turn lasts until dS is computed too.
+  // The warpgroups take turns at exponentials; whether a turn begins with the masks and lasts until dS is computed too.
   static constexpr bool kTurnIncludesDs = kTurnIncludesDs_;
+  // dV += P^T dO is issued whenever exponentials of so many times 16 queries are ready.
+  static constexpr int kDvPiece = kDvPiece_;
+  static_assert(kRows % (16 * kDvPiece) == 0);
 };
 
 // Above 128 dims: the consumer warpgroups share 64 keys; one makes P and dV, the other dS and dK (backward_wide.cuh).
@@ -39,9 +42,9 @@ struct WideBackwardShape {
 template <int kHeadDim>
 struct BackwardConfig;
 template <>
-struct BackwardConfig<64> : BackwardShape<128, 3, false, true, false> {};
+struct BackwardConfig<64> : BackwardShape<128, 3, false, true, false, 8> {};
 template <>
-struct BackwardConfig<128> : BackwardShape<64, 3, true, false, true> {};
+struct BackwardConfig<128> : BackwardShape<64, 3, true, false, true, 2> {};
 template <>
 struct BackwardConfig<192> : WideBackwardShape<3> {};
 template <>

@@ -5,11 +5,11 @@
 // (docs/hopper-kernel.md has the picture):
 //
 //   issued                     meanwhile
-//   S^T = K Q^T                dQ of two steps ago to shared memory
+//   S^T = K Q^T                tell of dQ of two steps ago
 //   dP^T = V dO^T              wait for S^T and for this warpgroup's turn; mask; P^T = exp2(S^T), rounded
 //   dV += P^T dO               wait for dP^T; dS^T = P^T (dP^T - delta), rounded, to shared memory
 //   dK += dS^T Q               tell of dS^T
-//   dQ of the step before      wait for all
+//   dQ of the step before      wait for the next step's rows, and for all; dQ to shared memory
 //
 // dQ = dS K needs the other warpgroup's dS^T. It is computed one step late, when that has long been there: so the
 // warpgroups need not walk in step, and they take turns at the exponentials, one computing while the other
@@ -74,18 +74,19 @@ struct BackwardConsumer {
     wgmma_commit();
   }
 
-  // dK or dV += the rounded dS^T or P^T times Q or dO, over the queries.
+  // dK or dV += the rounded dS^T or P^T times Q or dO, over kCount * 16 queries from the `first` 16 on. Not committed.
+  template <int kCount>
   __device__ __forceinline__ void gradient_product(float (&gradient)[kHeadDim / 8][4], uint32_t (&left)[kSteps][4],
-                                                   int q_place, int stage) {
+                                                   int q_place, int stage, int first = 0) {
     const uint64_t b = QTile::along_rows(base + q_place + stage * QTile::kBytes, 0, 0);
-    fence_registers(left);
-    fence_registers(gradient);
+#pragma unroll
+    for (int step = first; step < first + kCount; ++step) fence_registers(left[step]);
+    if (first == 0) fence_registers(gradient);
     wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = first; step < first + kCount; ++step) {
       wgmma<T, Major::kMN>(gradient, left[step], b + QTile::row_distance(step * 16), true);
     }
-    wgmma_commit();
   }
 
   // This warpgroup's half of dQ = dS K, over all keys.
@@ -103,13 +104,13 @@ struct BackwardConsumer {
     wgmma_commit();
   }
 
-  // dQ, scaled, on its way out: to shared memory, and then the word to the warp that adds it to global memory.
+  // dQ (without the scale: it gets that when rows are finished) on its way out: to shared memory, and then the word to
+  // the warp that adds it to global memory.
   __device__ __forceinline__ void wait_for_dq_place() {
     barriers.dq_empty(consumer).wait(dq_slot.parity ^ 1);
     dq_slot.advance();
   }
   __device__ __forceinline__ void store_dq(const float (&dq)[Layout::kDqGroups][4], uint32_t place) {
-    wait_for_dq_place();
 #pragma unroll
     for (int n = 0; n < Layout::kDqGroups; ++n) store_shared_float4(place + n * kWarpgroup * 16, dq[n]);
   }
@@ -133,21 +134,10 @@ struct BackwardConsumer {
   // A column tile, whose first step has come. Leaves dV in the place of V and dK in that of dQ.
   __device__ __forceinline__ void run_tile(const KernelParams& p) {
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
-    const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
     const uint32_t dq_part = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4;
     const uint32_t dq_place = dq_part + thread() * 16;
     int count = 0;  // of steps
-    // Nothing is in flight from one round to the next: the compiler would give up on it, and on registers that a
-    // product wrote in the round before, too, so these are scaled copies.
-    float dq_scaled[Layout::kDqGroups][4];
-    const auto scale_dq = [&](const float (&product)[Layout::kDqGroups][4]) {
-#pragma unroll
-      for (int n = 0; n < Layout::kDqGroups; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dq_scaled[n][i] = product[n][i] * p.op.softmax_scale;
-      }
-    };
 
     float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
     clear(dk);
@@ -156,10 +146,15 @@ struct BackwardConsumer {
     fence_registers(dv);
     barriers.k_full().wait(tile_parity);
     trace(Event::kKeysHere);
-    while (true) {
+    const auto next_step = [&] {
       barriers.q_full(q.stage).wait(q.parity);
+      return read_step(base + Layout::kSteps + q.stage * 16);
+    };
+    Step step = next_step();
+    // Nothing is in flight from one round to the next, and nothing that a product wrote is used in the next but dK and
+    // dV: the compiler would serialise the products, or wait for all of them.
+    while (true) {
       trace(Event::kStep);
-      const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) {
         move_to_bounds(first_bounds + step.bounds);
         break;
@@ -170,17 +165,13 @@ struct BackwardConsumer {
 
       float scores[kGroups][4], dp[kGroups][4];
       score_product(scores, Layout::kK, Layout::kQ, q.stage);
-      if (has_dq) {
-        store_dq(dq_scaled, dq_place);
-      } else {
-        barriers.v_full(consumer).wait(tile_parity);
-      }
+      if (!has_dq) barriers.v_full(consumer).wait(tile_parity);
       barriers.do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
       if (has_dq) hand_over_dq();
 
       // Statistics of 16 rows come at a time; as many as there are registers for are loaded before they are needed.
-      constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? kSteps : 1;
+      constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? kSteps : 2;
       float lse[kSteps][4], delta[kSteps][4];
       const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
       const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
@@ -190,24 +181,28 @@ struct BackwardConsumer {
 
       wgmma_wait<1>();
       fence_registers(scores);
-      begin_turn();
+      if constexpr (Config::kTurnIncludesDs) begin_turn();
       if (partial) {
         mask_scores(scores, base + Layout::kBounds + (bounds & (kBoundsBuffers - 1)) * Layout::kBoundsBytes,
                     first_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(), masked_score);
       }
+      if constexpr (!Config::kTurnIncludesDs) begin_turn();
+      uint32_t rounded_p[kSteps][4];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (k + kLseAhead < kSteps) load_shared_float4(lse[k + kLseAhead], lse_place + (k + kLseAhead) * 64);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& score = scores[2 * k + i / 4][i % 4];
-          score = exp2_fast(score * scale_log2 - lse[k][i / 4 * 2 + i % 2]);
+          score = exp2_fast(score * p.signed_scale_log2 - lse[k][i / 4 * 2 + i % 2]);
+        }
+        pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
+        // Every few exponentials, so that the tensor cores need not wait for the last.
+        if (k % Config::kDvPiece == Config::kDvPiece - 1) {
+          gradient_product<Config::kDvPiece>(dv, rounded_p, Layout::kDo, dout.stage, k + 1 - Config::kDvPiece);
         }
       }
-      uint32_t rounded_p[kSteps][4];
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
-      gradient_product(dv, rounded_p, Layout::kDo, dout.stage);
+      wgmma_commit();
       if constexpr (!Config::kTurnIncludesDs) end_turn();
 
 #pragma unroll
@@ -228,7 +223,8 @@ struct BackwardConsumer {
         store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, k * 16), rounded_ds[k]);
       }
       if constexpr (Config::kTurnIncludesDs) end_turn();
-      gradient_product(dk, rounded_ds, Layout::kQ, q.stage);
+      gradient_product<kSteps>(dk, rounded_ds, Layout::kQ, q.stage);
+      wgmma_commit();
       // The fence waits until dS^T is stored; the tensor cores have work by now, and nobody wants dS^T before the next
       // step.
       fence_async_proxy();
@@ -244,17 +240,21 @@ struct BackwardConsumer {
       float dq[Layout::kDqGroups][4];
       barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
       dq_product(dq, previous_ds.stage);
-      wgmma_wait<0>();
-      fence_registers(dk);
-      fence_registers(rounded_ds);
-      fence_registers(dq);
-      barriers.q_empty(q.stage).arrive_warp();
-      if (count > 1) barriers.ds_empty(previous_ds.stage).arrive_warp();
-      scale_dq(dq);
+      // Everything that the next S^T needs is at hand when these products are done.
+      const int q_stage = q.stage, ds_stage = previous_ds.stage;
       previous_ds = ds;
       q.advance();
       dout.advance();
       ds.advance();
+      step = next_step();
+      if (count > 1) wait_for_dq_place();
+      wgmma_wait<0>();
+      fence_registers(dk);
+      fence_registers(rounded_ds);
+      fence_registers(dq);
+      if (count > 1) store_dq(dq, dq_place);
+      barriers.q_empty(q_stage).arrive_warp();
+      if (count > 1) barriers.ds_empty(ds_stage).arrive_warp();
     }
     barriers.q_empty(q.stage).arrive_warp();
     q.advance();
@@ -264,10 +264,7 @@ struct BackwardConsumer {
     float dq[Layout::kDqGroups][4];
     barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage);
-    if (count > 1) {
-      store_dq(dq_scaled, dq_place);
-      hand_over_dq();
-    }
+    if (count > 1) hand_over_dq();
     gradient_to_shared<T, KTile>(dv, 1.0f, base + Layout::kV, consumer * 64);
     fence_async_proxy();
     if (consumer == 0) barriers.dv_full().arrive_warp();
@@ -276,8 +273,8 @@ struct BackwardConsumer {
     barriers.k_empty().arrive_warp();
     if (count > 0) {
       barriers.ds_empty(previous_ds.stage).arrive_warp();
-      scale_dq(dq);
-      store_dq(dq_scaled, dq_place);
+      wait_for_dq_place();
+      store_dq(dq, dq_place);
       hand_over_dq();
     }
     wait_for_dq_place();

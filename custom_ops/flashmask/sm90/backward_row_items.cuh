@@ -1,6 +1,6 @@
 // What a persistent backward block does for query rows, as work between column tiles: before column tiles need them
-// (delta, lse, and zeroed sums of dQ where nobody stores the first) and after the last one (dQ, which has its scale
-// already, to its storage type).
+// (delta, lse, and zeroed sums of dQ where nobody stores the first) and after the last one (sums of dQ, scaled, to their
+// storage type).
 //
 // A row item is kRowTilesPerItem row tiles of one query head. Rows come through the stages of Q and dO like those of a
 // column tile, so the first are there when the consumers have time for them: `out` and dO to prepare, two halves of a
@@ -164,8 +164,8 @@ struct RowItem {
         for (int i = 0; i < 4; ++i) {  // each lane begins with another fragment: no bank conflicts
           float c[4];
           load_shared_float4(c, fragments + (n * 4 + t) * kWarpgroup * 16 + (t + i) % 4 * 16);
-          upper[n][i] = Half2<T>::pack(c[0], c[1]);
-          lower[n][i] = Half2<T>::pack(c[2], c[3]);
+          upper[n][i] = Half2<T>::pack(c[0] * p.op.softmax_scale, c[1] * p.op.softmax_scale);
+          lower[n][i] = Half2<T>::pack(c[2] * p.op.softmax_scale, c[3] * p.op.softmax_scale);
         }
       }
       free();

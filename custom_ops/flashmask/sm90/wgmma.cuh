@@ -31,12 +31,13 @@ __device__ __forceinline__ void fence_registers(float (&values)[N][4]) {
     asm volatile("" : "+f"(values[i][0]), "+f"(values[i][1]), "+f"(values[i][2]), "+f"(values[i][3])::"memory");
   }
 }
+__device__ __forceinline__ void fence_registers(uint32_t (&values)[4]) {
+  asm volatile("" : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3])::"memory");
+}
 template <int N>
 __device__ __forceinline__ void fence_registers(uint32_t (&values)[N][4]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    asm volatile("" : "+r"(values[i][0]), "+r"(values[i][1]), "+r"(values[i][2]), "+r"(values[i][3])::"memory");
-  }
+  for (int i = 0; i < N; ++i) fence_registers(values[i]);
 }
 
 // A descriptor of its two words. Said so, since the compiler makes three instructions of an addition to the low one

@@ -19,6 +19,7 @@ void wgmma_wait() {
 // The machine writes accumulators behind the compiler's back, but always through pointers that it was given.
 template <int N>
 void fence_registers(float (&)[N][4]) {}
+inline void fence_registers(uint32_t (&)[4]) {}
 template <int N>
 void fence_registers(uint32_t (&)[N][4]) {}
 
