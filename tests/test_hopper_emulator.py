@@ -136,6 +136,27 @@ def test_skipped_tiles_change_no_bit(libraries: Libraries) -> None:
             np.testing.assert_array_equal(array, everything[name], name)
 
 
+@pytest.mark.parametrize(("head_dim", "low_dim"), FORWARD)
+@pytest.mark.parametrize("growth", [20, 150])  # weights of up to 2^80 and 2^600, if the first tile's largest were 1
+def test_scores_that_outgrow_the_first_tile(growth: int, head_dim: int, low_dim: int, libraries: Libraries) -> None:
+    """The reference of a row's weights moves, and weights beyond float32 are computed again."""
+    library = libraries("forward", head_dim)
+    for number, (n, causal) in enumerate(((0, False), (0, True), (1, True), (2, False), (4, False))):
+        case = emulated.random_problem(
+            np.random.default_rng((head_dim, 2, number)),
+            head_dim,
+            low_dim,
+            **{"s_q": 140 + 50 * number, "s_k": 420, "n": n, "causal": causal, "block_mask": False},
+            **{"growth": growth, "scale": (-1.0) ** number * head_dim**-0.5, "no_skip": False},
+        )
+        got = case.run(library)
+        errors = case.errors(got)
+        assert max(errors.values()) < LIMIT, (case, errors)
+        everything = dataclasses.replace(case, no_skip=True).run(library)
+        for name, array in got.items():
+            np.testing.assert_array_equal(array, everything[name], name)
+
+
 @pytest.mark.parametrize("races", [emulated.BY_WARPS, emulated.BY_LANES])
 @pytest.mark.parametrize(("direction", "head_dim"), [(k, d) for k in ("forward", "backward") for d in (64, 128, 256)])
 def test_shared_memory_has_no_races(direction: str, head_dim: int, races: int, libraries: Libraries) -> None:

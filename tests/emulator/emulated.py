@@ -73,6 +73,7 @@ class Problem:
     no_skip: bool = False
     deterministic: bool = False
     dropout: float = 0.0
+    growth: float = 0.0  # of keys along the sequence: the last is so many times larger than the first
     seed: int = 0
     schedule: int = 0
     blocks: int = 2
@@ -86,7 +87,9 @@ class Problem:
             "v": (self.b, self.s_k, self.h_k, self.d_v),
             "dout": (self.b, self.s_q, self.h_q, self.d_v),
         }
-        self.stored = {name: self.store(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+        drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        drawn["k"] *= 1 + self.growth * np.linspace(0, 1, self.s_k, dtype=np.float32)[:, None, None] ** 2
+        self.stored = {name: self.store(array) for name, array in drawn.items()}
         self.values = {name: load(array) for name, array in self.stored.items()}
         self.bounds = self.blocked = None
         if self.n:

@@ -31,6 +31,7 @@ class Problem:
     dtype: str = "bf16"
     seed: int = 0
     block_mask: bool = False
+    growth: float = 0.0  # of keys along the sequence: the last is so many times larger than the first
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> dict[str, float]:
@@ -43,6 +44,7 @@ class Problem:
 
         q, k, v = draw(self.s_q, self.h_q, self.d), draw(self.s_k, self.h_k, self.d), draw(self.s_k, self.h_k, d_v)
         dout = draw(self.s_q, self.h_q, d_v)
+        k *= 1 + self.growth * torch.linspace(0, 1, self.s_k, device="cuda", dtype=k.dtype)[:, None, None] ** 2
         bounds = None
         if self.n:
             bounds = random_intervals(rng, self.b, self.h_m, self.s_q, self.s_k, self.n)

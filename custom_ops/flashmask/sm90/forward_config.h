@@ -82,10 +82,10 @@ struct ForwardLayout {
   static constexpr int kMask = kAfterV + (Config::kOutputBy == OutputBy::kOwnPlace ? QTile::kBytes : 0);
   static constexpr int kWork = kMask + Config::kMaskStages * kMaskBytes;
   static constexpr int kOrders = kWork + Config::kWorkStages * 16;
-  static constexpr int kTileFlags = kOrders + Config::kOrderStages * 16;
+  static constexpr int kTileWords = kOrders + Config::kOrderStages * 16;
   // Barriers: 8 bytes each. Every warpgroup has its own for its rows of Q.
   static constexpr int kQBarriers = Config::kQStages * Config::kConsumers;
-  static constexpr int kQFull = kTileFlags + (Config::kStages * 4 + 7) / 8 * 8;
+  static constexpr int kQFull = kTileWords + (Config::kStages * 4 + 7) / 8 * 8;
   static constexpr int kQEmpty = kQFull + kQBarriers * 8;
   static constexpr int kKFull = kQEmpty + kQBarriers * 8;
   static constexpr int kKEmpty = kKFull + Config::kStages * 8;

@@ -57,17 +57,17 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const int tiles = (p.op.seqlen_k + Config::kColumns - 1) / Config::kColumns;
   const int last_keys = p.op.seqlen_k - (tiles - 1) * Config::kColumns;
   int tile = 0;        // of these
-  uint32_t flags = 0;  // of the tile that K holds next
+  uint32_t flags = 0;  // tile_word of the tile that K holds next
   bool open;           // whether that belongs to the row tile at work
   OnlineSoftmax softmax;
 
   const auto wait_k = [&] {
     Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
-    if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4));
+    if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileWords + k_ring.stage * 4));
   };
   // Whether these 64 rows see anything of it, or need element masks.
   const auto is_seen = [&] { return !Config::kMasks || (flags >> warpgroup & 1) != 0; };
-  const auto is_partial = [&] { return (flags >> (kPartialShift + warpgroup) & 1) != 0; };
+  const auto is_partial = [&] { return (flags >> (kTilePartialShift + warpgroup) & 1) != 0; };
   const auto q_barrier = [&](int barrier) { return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8; };
   const auto release_q = [&] {
     release(q_barrier(Layout::kQEmpty));
@@ -75,7 +75,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   const auto release_k = [&] {
     if (Config::kMasks) {
-      open = !(flags & kLast);
+      open = !(flags & kTileLast);
     } else {
       open = ++tile < tiles;
       if (!open) tile = 0;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (!open && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
       return;
     }
-    if (!(flags & kAnyPartial)) return;
+    if (!(flags & kTileAnyPartial)) return;
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait_warp(mask_ring.parity);
     if (apply) {
       apply_mask<Layout>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
@@ -135,13 +135,29 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
     wgmma_commit();
   };
-  // After the scores have come: frees K, and Q after the last; masks; exponentials. Returns whether to rescale the
-  // output.
-  const auto scores_to_weights = [&] {
+  // Element i of group n of the scores at work, from memory (softmax.cuh says when).
+  const auto score_again = [&](const RowTile& rows, int n, int i) {
+    const int column_tile = Config::kMasks ? tile_number(flags) : (open ? tile : tiles) - 1;
+    const int row = rows.row_tile * Config::kRows + warp * 16 + lane / 4 + i / 2 * 8;
+    const int column = column_tile * Config::kColumns + n * 8 + lane % 4 * 2 + i % 2;
+    const int head_k = rows.head / (p.op.heads_q / p.op.heads_k);
+    const auto* const q = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.q, rows.batch, rows.head, row));
+    const auto* const k = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.k, rows.batch, head_k, column));
+    float score = 0.0f;
+#pragma unroll 1
+    for (int pair = 0; pair < p.op.head_dim / 2; ++pair) {
+      const float2 left = Half2<T>::unpack(q[pair]), right = Half2<T>::unpack(k[pair]);
+      score += left.x * right.x + left.y * right.y;
+    }
+    return p.negative_scale ? -score : score;
+  };
+  // After the scores of a tile of `rows` have come: frees K, and Q after the last; masks; exponentials. Returns whether
+  // to rescale the output.
+  const auto scores_to_weights = [&](const RowTile& rows) {
     fence_registers(scores);
     release_k();
     if (p.negative_scale) {
-      // The maximum is that of the raw scores, so it is their sign that changes.
+      // References are largest scores, so it is their sign that changes.
 #pragma unroll
       for (int n = 0; n < kScoreGroups; ++n) {
 #pragma unroll
@@ -149,13 +165,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       }
     }
     take_mask(is_partial());
-    const bool grown = softmax.update_max(scores, p.scale_log2);
-    softmax.exponentiate(scores, p.scale_log2);
+    const bool moved =
+        softmax.weigh(scores, p.scale_log2, [&](int n, int i) { return score_again(rows, n, i); });
     // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
     // wait for P V.
     fence_registers(scores);
     if (open) wait_k();
-    return grown;
+    return moved;
   };
   const auto pack_weights = [&] {
 #pragma unroll
@@ -179,7 +195,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
     if (kEnds) softmax = OnlineSoftmax();
-    const bool grown = scores_to_weights();
+    const bool moved = scores_to_weights(kEnds ? next : work);
     trace(Event::kWeightsMade);
     wgmma_wait<0>();
     trace(Event::kOutputHere);
@@ -191,7 +207,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       clear(output);
       work = next;
       has_next = false;
-    } else if (grown) {
+    } else if (moved) {
       rescale(output, softmax.factor);
     }
     pack_weights();
@@ -221,7 +237,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       turn.pass();
       wgmma_wait<0>();
       trace(Event::kScoresHere);
-      if (scores_to_weights()) rescale(output, softmax.factor);
+      if (scores_to_weights(work)) rescale(output, softmax.factor);
       trace(Event::kWeightsMade);
       pack_weights();
 

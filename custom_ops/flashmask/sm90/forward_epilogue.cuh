@@ -75,7 +75,7 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const CUtens
     const int query = row_begin + row + r * 8 + lane / 4;
     if (p.op.lse != nullptr && lane % 4 == 0 && query < p.op.seqlen_q) {
       p.op.lse[batch_head * p.op.seqlen_q + query] =
-          sum == 0.0f ? -CUDART_INF_F : (softmax.row_max[r] * p.scale_log2 + __log2f(sum)) * CUDART_LN2_F;
+          sum == 0.0f ? -CUDART_INF_F : (softmax.reference[r] + __log2f(sum)) * CUDART_LN2_F;
     }
   }
   rescale(output, inverse);

@@ -11,6 +11,16 @@ struct ForwardMaps {
   CUtensorMap q, k, v, out;
 };
 
+// What the consumers have to know of a column tile, in one word: bit w says that warpgroup w's 64 rows see something of
+// it, bit 3 + w that they need element masks there, the top bit that it is the last of its row tile; and its number.
+constexpr int kTilePartialShift = 3, kTileNumberShift = 6;
+constexpr uint32_t kTileAnyPartial = 0x38, kTileLast = 1u << 31;
+__device__ __forceinline__ uint32_t tile_word(const TileOrder& order) {
+  return (order.flags & 7) | (order.flags >> kPartialShift & 7) << kTilePartialShift |
+         static_cast<uint32_t>(order.column_tile) << kTileNumberShift | (order.flags & kLast ? kTileLast : 0);
+}
+__device__ __forceinline__ int tile_number(uint32_t word) { return (word & ~kTileLast) >> kTileNumberShift; }
+
 // What the consumers have to know of a row tile.
 struct RowTile {
   int row_tile;  // -1: no work is left
@@ -106,7 +116,7 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
     }
     Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait_warp(k_ring.parity ^ 1);
     if (lane == 0) {
-      store_shared_32(shared + Layout::kTileFlags + k_ring.stage * 4, order.flags);
+      store_shared_32(shared + Layout::kTileWords + k_ring.stage * 4, tile_word(order));
       load_columns(maps.k, shared + Layout::kK + k_ring.stage * KTile::kBytes,
                    Barrier{shared + Layout::kKFull + k_ring.stage * 8}, order.column_tile, head_k, batch);
     }

@@ -1,7 +1,17 @@
 // Online softmax in base 2 over accumulator fragments of wgmma: a thread has two rows, lane / 4 and eight below it, and
 // shares each with the three other threads of its quad.
+//
+// Weights are 2^(score - reference), and a row's reference is the largest score of the first tile in which it sees
+// anything. What later tiles bring may well be larger: a weight of more than one is no worse than a smaller one. Only when
+// weights become large does the reference move to the largest score, and what was summed is scaled down. So after the
+// first tile no maximum is looked for, which took a sixth of all instructions: whether weights are too large shows in
+// their sums, which are needed anyway.
+//
+// A score 2^128 times above the reference has a weight of infinity, and is lost by then: such scores are computed again
+// from Q and K in memory.
 #pragma once
 
+#include <cfloat>
 #include <math_constants.h>
 
 #include "../cuda/instructions.cuh"
@@ -9,73 +19,54 @@
 
 namespace flashmask::sm90 {
 
-// The running maximum of a row lags until it is off by more than this (in powers of two): rescaling the output costs
-// more than the range that it saves, and weights up to 2^8 fit every 16-bit type.
-constexpr float kRescaleThreshold = 8.0f;
+// A row's reference moves when a thread's weights of one tile have a larger sum than this. Every 16-bit type holds that;
+// and random scores rarely get there, even if the first tile had only a small one to take the reference from.
+constexpr float kLargestTileSum = 1024.0f;
+// The reference of a row that has seen nothing yet. It turns a masked score into a weight of zero, as minus infinity
+// would not.
+constexpr float kNoReference = -FLT_MAX;
 
 struct OnlineSoftmax {
-  float row_max[2];  // of raw scores
-  float row_sum[2];  // of this thread's columns
-  float factor[2];   // what the output so far has to be multiplied with
+  float reference[2];           // in powers of two: of scores times scale_log2
+  float row_sum[2];             // of this thread's columns
+  float factor[2];              // what the output so far has to be multiplied with, if it has to be
+  bool lacks_reference = true;  // any row of this warp
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row_max[r] = -CUDART_INF_F;
+      reference[r] = kNoReference;
       row_sum[r] = 0.0f;
       factor[r] = 1.0f;
     }
   }
 
-  // Takes the scores of one more tile; returns whether any row of this warp has to be rescaled.
-  template <int kGroups>
-  __device__ __forceinline__ bool update_max(const float (&scores)[kGroups][4], float scale_log2) {
-    float new_max[2];
+  // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled.
+  // `score_again` computes the score of group n, element i.
+  template <int kGroups, typename ScoreAgain>
+  __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const ScoreAgain& score_again) {
+    if (lacks_reference) find_references(scores, scale_log2);
+    float tile_sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = fmaxf(row_max[r], scores[0][r * 2]);
-      float other = scores[0][r * 2 + 1];
-#pragma unroll
-      for (int n = 1; n < kGroups; ++n) {
-        largest = fmaxf(largest, scores[n][r * 2]);
-        other = fmaxf(other, scores[n][r * 2 + 1]);
-      }
-      largest = fmaxf(largest, other);
-      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-      new_max[r] = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-    }
-    // -inf minus -inf is NaN, which compares false: a row that has seen nothing yet stays as it is.
-    const bool grown = (new_max[0] - row_max[0]) * scale_log2 > kRescaleThreshold ||
-                       (new_max[1] - row_max[1]) * scale_log2 > kRescaleThreshold;
-    if (!__any_sync(kAllLanes, grown)) return false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Rows decide one by one, so that the result does not depend on which rows share a warp.
-      const float growth = (new_max[r] - row_max[r]) * scale_log2;
-      const bool moves = growth > kRescaleThreshold;
-      factor[r] = moves ? exp2_fast(-growth) : 1.0f;
-      if (moves) row_max[r] = new_max[r];
-      row_sum[r] *= factor[r];
-    }
-    return true;
-  }
-
-  // Scores become weights 2^((score - max) * scale), and are added to the sums.
-  template <int kGroups>
-  __device__ __forceinline__ void exponentiate(float (&scores)[kGroups][4], float scale_log2) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float offset = row_max[r] == -CUDART_INF_F ? 0.0f : row_max[r] * scale_log2;
       float even = 0.0f, odd = 0.0f;
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        scores[n][r * 2] = exp2_fast(scores[n][r * 2] * scale_log2 - offset);
-        scores[n][r * 2 + 1] = exp2_fast(scores[n][r * 2 + 1] * scale_log2 - offset);
+        scores[n][r * 2] = exp2_fast(scores[n][r * 2] * scale_log2 - reference[r]);
+        scores[n][r * 2 + 1] = exp2_fast(scores[n][r * 2 + 1] * scale_log2 - reference[r]);
         even += scores[n][r * 2];
         odd += scores[n][r * 2 + 1];
       }
-      row_sum[r] += even + odd;
+      tile_sum[r] = even + odd;
     }
+    // NaN compares false: it stays in the sums, and so reaches the output.
+    if (__any_sync(kAllLanes, fmaxf(tile_sum[0], tile_sum[1]) > kLargestTileSum)) {
+      move_references(scores, tile_sum, scale_log2, score_again);
+      return true;
+    }
+    row_sum[0] += tile_sum[0];
+    row_sum[1] += tile_sum[1];
+    return false;
   }
 
   // Over all columns of a row.
@@ -83,6 +74,81 @@ struct OnlineSoftmax {
     float sum = row_sum[r];
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     return sum + __shfl_xor_sync(kAllLanes, sum, 2);
+  }
+
+ private:
+  static __device__ __forceinline__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+  }
+
+  template <int kGroups>
+  __device__ __forceinline__ void find_references(const float (&scores)[kGroups][4], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = scores[0][r * 2], other = scores[0][r * 2 + 1];
+#pragma unroll
+      for (int n = 1; n < kGroups; ++n) {
+        largest = fmaxf(largest, scores[n][r * 2]);
+        other = fmaxf(other, scores[n][r * 2 + 1]);
+      }
+      largest = quad_max(fmaxf(largest, other));
+      if (reference[r] == kNoReference && largest > -CUDART_INF_F) reference[r] = largest * scale_log2;
+    }
+    lacks_reference = __any_sync(kAllLanes, reference[0] == kNoReference || reference[1] == kNoReference);
+  }
+
+  // Rows decide one by one, so that the result does not depend on which rows share a warp.
+  template <int kGroups, typename ScoreAgain>
+  __device__ __forceinline__ void move_references(float (&weights)[kGroups][4], const float (&tile_sum)[2],
+                                                  float scale_log2, const ScoreAgain& score_again) {
+    // Rare and long, so in loops that are not unrolled, over a copy in memory: registers have no index.
+    float copy[kGroups * 4];
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) copy[n * 4 + i] = weights[n][i];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = 0.0f;  // exponent of the row's largest weight
+#pragma unroll 1
+      for (int index = 0; index < kGroups * 2; ++index) {
+        const int n = index / 2, i = r * 2 + index % 2;
+        float& weight = copy[n * 4 + i];
+        if (weight == CUDART_INF_F) {
+          // In its place stands from here on minus what its exponent is.
+          weight = reference[r] - score_again(n, i) * scale_log2;
+          top = fmaxf(top, -weight);
+        } else {
+          top = fmaxf(top, __log2f(weight));
+        }
+      }
+      const uint32_t large = __ballot_sync(kAllLanes, tile_sum[r] > kLargestTileSum);
+      top = quad_max(top);
+      if ((large >> (threadIdx.x & 28) & 0xF) == 0) top = 0.0f;  // the row keeps its reference: all factors are one
+      // Weights up to 2^128 are brought down in two steps, as 2^-127 is not a normal number. What was summed before is
+      // nothing beside them.
+      factor[r] = exp2_fast(-top);
+      const float first = exp2_fast(-fminf(top, 64.0f)), second = exp2_fast(fminf(64.0f - top, 0.0f));
+      float sum[2] = {0.0f, 0.0f};
+#pragma unroll 1
+      for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& weight = copy[n * 4 + r * 2 + e];
+          weight = weight < 0.0f ? exp2_fast(-weight - top) : weight * first * second;
+          sum[e] += weight;
+        }
+      }
+      row_sum[r] = row_sum[r] * factor[r] + (sum[0] + sum[1]);
+      reference[r] += top;
+    }
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[n][i] = copy[n * 4 + i];
+    }
   }
 };
 
