@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const float4 c = reinterpret_cast<const float4*>(fragments)[t];
-    upper[t] = Half2<T>::pack(c.x, c.y);
-    lower[t] = Half2<T>::pack(c.z, c.w);
+    upper[t] = Half2<T>::pack(c.x * op.softmax_scale, c.y * op.softmax_scale);
+    lower[t] = Half2<T>::pack(c.z * op.softmax_scale, c.w * op.softmax_scale);
   }
   T* dq = head_pointer<T>(op.dq, batch, head, row) + chunk * 8;
   *reinterpret_cast<uint4*>(dq) = make_uint4(upper[0], upper[1], upper[2], upper[3]);

@@ -50,6 +50,11 @@ struct WideConsumer {
     }
     wgmma_commit();
   }
+  // Looked up while the products of the step before still run: the next S^T or dP^T waits for nothing then.
+  __device__ __forceinline__ Step next_step(const Ring<Config::kQStages>& q) const {
+    barriers().q_full(q.stage).wait(q.parity);
+    return read_step(base + Layout::kSteps + q.stage * 16);
+  }
   // dV or dK += P^T or dS^T times a tile of dO or Q.
   __device__ __forceinline__ void gradient_product(float (&gradient)[kHeadDim / 8][4], uint32_t (&left)[kSteps][4],
                                                    uint32_t q_place) const {
@@ -74,7 +79,7 @@ struct WideConsumer {
     }
     wgmma_commit();
   }
-  // To global memory. In the deterministic mode when the producer warp says so (backward_turns.cuh), who then hears
+  // To global memory, without the scale. In the deterministic mode when the producer warp says so (backward_turns.cuh), who then hears
   // that it is done: `parity` is that of the step's number, so of its buffer of dS.
   template <int kDqGroups>
   __device__ __forceinline__ void add_dq(const KernelParams& p, const Step& step, const float (&dq)[kDqGroups][4],
@@ -86,14 +91,13 @@ struct WideConsumer {
                   (first_group * kWarpgroup + thread()) * 4;
     if constexpr (kDeterministic) barriers().dq_empty(consumer).wait(parity);
 #pragma unroll
-    for (int n = 0; n < kDqGroups; ++n) add_fragment(rows + n * kWarpgroup * 4, dq[n], p.op.softmax_scale);
+    for (int n = 0; n < kDqGroups; ++n) add_fragment(rows + n * kWarpgroup * 4, dq[n]);
     if constexpr (kDeterministic) barriers().dq_full(consumer).arrive_warp();
   }
 
   __device__ __forceinline__ void make_p(const KernelParams& p, float (&dv)[kHeadDim / 8][4]) const {
     constexpr int kDqGroups = kHeadDim / 8 - kFirstDqGroups;
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
-    const float scale_log2 = p.negative_scale ? -p.scale_log2 : p.scale_log2;
     const uint32_t intervals = base + Layout::kBounds;
     int bounds = -1;  // which of the column tile's masks the intervals are of
     const auto move_to_bounds = [&](int wanted) {
@@ -110,9 +114,8 @@ struct WideConsumer {
 
     clear(dv);
     barriers().k_full().wait(0);
+    Step step = next_step(q);
     while (true) {
-      barriers().q_full(q.stage).wait(q.parity);
-      const Step step = read_step(base + Layout::kSteps + q.stage * 16);
       if (step.tile < 0) {
         move_to_bounds(step.bounds);  // all that will be brought is taken
         break;
@@ -137,7 +140,7 @@ struct WideConsumer {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& score = scores[2 * k + i / 4][i % 4];
-          score = exp2_fast(score * scale_log2 - lse[k][i / 4 * 2 + i % 2]);
+          score = exp2_fast(score * p.signed_scale_log2 - lse[k][i / 4 * 2 + i % 2]);
         }
         pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
       }
@@ -160,6 +163,8 @@ struct WideConsumer {
       fence_registers(dv);
       fence_registers(rounded_p);
       barriers().do_empty(dout.stage).arrive_warp();
+      q.advance();
+      const Step next = next_step(q);
       wgmma_wait<0>();
       fence_registers(dq);
       if (previous.tile >= 0) {
@@ -167,8 +172,8 @@ struct WideConsumer {
         add_dq(p, previous, dq, kFirstDqGroups, 0, previous_ds.stage);
       }
       previous = step;
+      step = next;
       previous_ds = ds;
-      q.advance();
       dout.advance();
       ds.advance();
     }
@@ -190,11 +195,8 @@ struct WideConsumer {
     clear(dk);
     barriers().k_full().wait(0);
     barriers().v_full(0).wait(0);
-    while (true) {
-      barriers().q_full(q.stage).wait(q.parity);
-      const Step step = read_step(base + Layout::kSteps + q.stage * 16);
-      if (step.tile < 0) break;
-
+    Step step = next_step(q);
+    while (step.tile >= 0) {
       float dp[kGroups][4];
       barriers().do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo + dout.stage * QTile::kBytes);
@@ -234,11 +236,13 @@ struct WideConsumer {
       fence_registers(dk);
       fence_registers(rounded_ds);
       barriers().q_empty(q.stage).arrive_warp();
+      q.advance();
+      const Step next = next_step(q);
       wgmma_wait<0>();
       fence_registers(dq);
       barriers().ds_empty(ds.stage).arrive_warp();
       add_dq(p, step, dq, 0, 1, ds.stage);
-      q.advance();
+      step = next;
       dout.advance();
       ds.advance();
     }

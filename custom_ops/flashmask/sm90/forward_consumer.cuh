@@ -151,9 +151,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
     return p.negative_scale ? -score : score;
   };
-  // After the scores of a tile of `rows` have come: frees K, and Q after the last; masks; exponentials. Returns whether
-  // to rescale the output.
-  const auto scores_to_weights = [&](const RowTile& rows) {
+  // After the scores of a tile of `rows` have come, of the first or not: frees K, and Q after the last; masks;
+  // exponentials. Returns whether to rescale the output.
+  const auto scores_to_weights = [&](const RowTile& rows, auto is_first) {
     fence_registers(scores);
     release_k();
     if (p.negative_scale) {
@@ -165,8 +165,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       }
     }
     take_mask(is_partial());
-    const bool moved =
-        softmax.weigh(scores, p.scale_log2, [&](int n, int i) { return score_again(rows, n, i); });
+    const bool moved = softmax.template weigh<decltype(is_first)::value>(
+        scores, p.scale_log2, [&](int n, int i) { return score_again(rows, n, i); });
     // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
     // wait for P V.
     fence_registers(scores);
@@ -195,7 +195,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
     if (kEnds) softmax = OnlineSoftmax();
-    const bool moved = scores_to_weights(kEnds ? next : work);
+    const bool moved = scores_to_weights(kEnds ? next : work, is_end);
     trace(Event::kWeightsMade);
     wgmma_wait<0>();
     trace(Event::kOutputHere);
@@ -237,7 +237,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       turn.pass();
       wgmma_wait<0>();
       trace(Event::kScoresHere);
-      if (scores_to_weights(work)) rescale(output, softmax.factor);
+      if (scores_to_weights(work, std::false_type{})) rescale(output, softmax.factor);
       trace(Event::kWeightsMade);
       pack_weights();
 

@@ -41,11 +41,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled.
-  // `score_again` computes the score of group n, element i.
-  template <int kGroups, typename ScoreAgain>
+  // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled: not
+  // after the first tile of all (`kFirst`). `score_again` computes the score of group n, element i.
+  template <bool kFirst, int kGroups, typename ScoreAgain>
   __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const ScoreAgain& score_again) {
-    if (lacks_reference) find_references(scores, scale_log2);
+    if (kFirst || lacks_reference) find_references(scores, scale_log2);
     float tile_sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -60,7 +60,7 @@ struct OnlineSoftmax {
       tile_sum[r] = even + odd;
     }
     // NaN compares false: it stays in the sums, and so reaches the output.
-    if (__any_sync(kAllLanes, fmaxf(tile_sum[0], tile_sum[1]) > kLargestTileSum)) {
+    if (!kFirst && __any_sync(kAllLanes, fmaxf(tile_sum[0], tile_sum[1]) > kLargestTileSum)) {
       move_references(scores, tile_sum, scale_log2, score_again);
       return true;
     }
@@ -109,8 +109,9 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) copy[n * 4 + i] = weights[n][i];
     }
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < 2; ++r) {
+      const float old_reference = r == 0 ? reference[0] : reference[1];
       float top = 0.0f;  // exponent of the row's largest weight
 #pragma unroll 1
       for (int index = 0; index < kGroups * 2; ++index) {
@@ -118,31 +119,32 @@ struct OnlineSoftmax {
         float& weight = copy[n * 4 + i];
         if (weight == CUDART_INF_F) {
           // In its place stands from here on minus what its exponent is.
-          weight = reference[r] - score_again(n, i) * scale_log2;
+          weight = old_reference - score_again(n, i) * scale_log2;
           top = fmaxf(top, -weight);
         } else {
           top = fmaxf(top, __log2f(weight));
         }
       }
-      const uint32_t large = __ballot_sync(kAllLanes, tile_sum[r] > kLargestTileSum);
       top = quad_max(top);
+      const uint32_t large = __ballot_sync(kAllLanes, (r == 0 ? tile_sum[0] : tile_sum[1]) > kLargestTileSum);
       if ((large >> (threadIdx.x & 28) & 0xF) == 0) top = 0.0f;  // the row keeps its reference: all factors are one
       // Weights up to 2^128 are brought down in two steps, as 2^-127 is not a normal number. What was summed before is
       // nothing beside them.
-      factor[r] = exp2_fast(-top);
-      const float first = exp2_fast(-fminf(top, 64.0f)), second = exp2_fast(fminf(64.0f - top, 0.0f));
-      float sum[2] = {0.0f, 0.0f};
+      const float down = exp2_fast(-top), first = exp2_fast(-fminf(top, 64.0f)),
+                  second = exp2_fast(fminf(64.0f - top, 0.0f));
+      float even = 0.0f, odd = 0.0f;
 #pragma unroll 1
-      for (int n = 0; n < kGroups; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& weight = copy[n * 4 + r * 2 + e];
-          weight = weight < 0.0f ? exp2_fast(-weight - top) : weight * first * second;
-          sum[e] += weight;
-        }
+      for (int index = 0; index < kGroups * 2; ++index) {
+        float& weight = copy[index / 2 * 4 + r * 2 + index % 2];
+        weight = weight < 0.0f ? exp2_fast(-weight - top) : weight * first * second;
+        (index % 2 == 0 ? even : odd) += weight;
       }
-      row_sum[r] = row_sum[r] * factor[r] + (sum[0] + sum[1]);
-      reference[r] += top;
+      const float sum = (r == 0 ? row_sum[0] : row_sum[1]) * down + (even + odd);
+      if (r == 0) {
+        reference[0] += top, row_sum[0] = sum, factor[0] = down;
+      } else {
+        reference[1] += top, row_sum[1] = sum, factor[1] = down;
+      }
     }
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {

@@ -33,9 +33,9 @@ inline int32_t claim(int32_t* place) {
 inline void prefetch_near(const void*) {}
 inline void count_up(int32_t* counter) { emulator::count_up(counter); }
 inline void fence_async_proxy_global() {}
-inline void add_fragment(float* place, const float (&c)[4], float scale) {
+inline void add_fragment(float* place, const float (&c)[4]) {
   emulator::maybe_yield();
-  for (int i = 0; i < 4; ++i) place[i] += c[i] * scale;
+  for (int i = 0; i < 4; ++i) place[i] += c[i];
 }
 
 inline void store_global_128(void* place, const uint32_t (&words)[4]) {
