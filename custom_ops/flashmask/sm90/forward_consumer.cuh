@@ -59,6 +59,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int tile = 0;        // of these
   uint32_t flags = 0;  // tile_word of the tile that K holds next
   bool open;           // whether that belongs to the row tile at work
+  // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
+  RowTile work, next;
+  bool has_next = false, follows = false;
   OnlineSoftmax softmax;
 
   const auto wait_k = [&] {
@@ -136,13 +139,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_commit();
   };
   // Element i of group n of the scores at work, from memory (softmax.cuh says when).
-  const auto score_again = [&](const RowTile& rows, int n, int i) {
+  const auto score_again = [&](int n, int i) {
     const int column_tile = Config::kMasks ? tile_number(flags) : (open ? tile : tiles) - 1;
-    const int row = rows.row_tile * Config::kRows + warp * 16 + lane / 4 + i / 2 * 8;
+    const int row = work.row_tile * Config::kRows + warp * 16 + lane / 4 + i / 2 * 8;
     const int column = column_tile * Config::kColumns + n * 8 + lane % 4 * 2 + i % 2;
-    const int head_k = rows.head / (p.op.heads_q / p.op.heads_k);
-    const auto* const q = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.q, rows.batch, rows.head, row));
-    const auto* const k = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.k, rows.batch, head_k, column));
+    const int head_k = work.head / (p.op.heads_q / p.op.heads_k);
+    const auto* const q = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.q, work.batch, work.head, row));
+    const auto* const k = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.k, work.batch, head_k, column));
     float score = 0.0f;
 #pragma unroll 1
     for (int pair = 0; pair < p.op.head_dim / 2; ++pair) {
@@ -151,9 +154,19 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
     return p.negative_scale ? -score : score;
   };
-  // After the scores of a tile of `rows` have come, of the first or not: frees K, and Q after the last; masks;
-  // exponentials. Returns whether to rescale the output.
-  const auto scores_to_weights = [&](const RowTile& rows, auto is_first) {
+  // Takes it while products still run.
+  const auto look_ahead = [&] {
+    next = read_row_tile<Layout>(shared, &row_tile_ring);
+    has_next = true;
+    follows = !Config::kOutputInQuery && next.has_tiles;
+    if (follows) {
+      wait_q();
+      wait_k();
+    }
+  };
+  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials.
+  // Returns whether to rescale the output.
+  const auto scores_to_weights = [&](auto is_first) {
     fence_registers(scores);
     release_k();
     if (p.negative_scale) {
@@ -166,11 +179,15 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
     take_mask(is_partial());
     const bool moved = softmax.template weigh<decltype(is_first)::value>(
-        scores, p.scale_log2, [&](int n, int i) { return score_again(rows, n, i); });
+        scores, p.scale_log2, score_again);
     // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
     // wait for P V.
     fence_registers(scores);
-    if (open) wait_k();
+    if (open) {
+      wait_k();
+    } else {
+      look_ahead();
+    }
     return moved;
   };
   const auto pack_weights = [&] {
@@ -178,10 +195,6 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
   };
 
-  const auto next_row_tile = [&] { return read_row_tile<Layout>(shared, &row_tile_ring); };
-
-  RowTile work = next_row_tile(), next;
-  bool has_next = false;
   // One column tile: its scores beside the output of the one before, which ends a row tile or not.
   const auto pass = [&](auto is_end) {
     constexpr bool kEnds = decltype(is_end)::value;
@@ -194,26 +207,31 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_wait<1>();
     trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
-    if (kEnds) softmax = OnlineSoftmax();
-    const bool moved = scores_to_weights(kEnds ? next : work, is_end);
+    const RowTile ended = work;
+    if (kEnds) {
+      softmax = OnlineSoftmax();
+      work = next;
+      has_next = false;
+    }
+    const bool moved = scores_to_weights(is_end);
     trace(Event::kWeightsMade);
     wgmma_wait<0>();
     trace(Event::kOutputHere);
     fence_registers(output);
     release_v();
     if (kEnds) {
-      write_output<T, Layout>(p, maps.out, shared, work, output, finished, warpgroup, thread);
+      write_output<T, Layout>(p, maps.out, shared, ended, output, finished, warpgroup, thread);
       trace(Event::kOutputWritten);
       clear(output);
-      work = next;
-      has_next = false;
     } else if (moved) {
       rescale(output, softmax.factor);
     }
     pack_weights();
   };
 
-  while (work.row_tile >= 0) {
+  look_ahead();
+  while (next.row_tile >= 0) {
+    work = next;
     clear(output);
     softmax = OnlineSoftmax();
     open = work.has_tiles != 0;
@@ -237,7 +255,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       turn.pass();
       wgmma_wait<0>();
       trace(Event::kScoresHere);
-      if (scores_to_weights(work, std::false_type{})) rescale(output, softmax.factor);
+      if (scores_to_weights(std::false_type{})) rescale(output, softmax.factor);
       trace(Event::kWeightsMade);
       pack_weights();
 
@@ -246,13 +264,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       // goes through the place of Q.
       while (true) {
         while (open && is_seen()) pass(std::false_type{});
-        if (open) break;
-        next = next_row_tile();
-        has_next = true;
-        if (Config::kOutputInQuery || !next.has_tiles) break;
-        wait_q();
-        wait_k();
-        if (!is_seen()) break;
+        if (open || !follows || !is_seen()) break;
         pass(std::true_type{});
       }
       wait_v();
@@ -265,8 +277,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
     trace(Event::kOutputWritten);
     if (Config::kOutputInQuery) release_q();
-    if (!has_next) next = next_row_tile();
-    work = next;
+    if (!has_next) look_ahead();
   }
 }
 
