@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     }
   } else {
     grow_registers<240>();
-    BackwardConsumer<T, kHeadDim>(base).run(p);
+    BackwardConsumer<T, kHeadDim, kDeterministic>(base).run(p);
   }
 }
 

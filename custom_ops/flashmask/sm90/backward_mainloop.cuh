@@ -26,7 +26,7 @@
 
 namespace flashmask::sm90 {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kDeterministic>
 struct BackwardConsumer {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
@@ -104,8 +104,10 @@ struct BackwardConsumer {
     wgmma_commit();
   }
 
-  // dQ (without the scale: it gets that when rows are finished) on its way out: to shared memory, and then the word to
-  // the warp that adds it to global memory.
+  // dQ on its way out: to shared memory, and then the word to the warp that adds it to global memory. It gets the scale
+  // when rows are finished. Only in the deterministic mode, where the place in shared memory is not free before the
+  // turn has come, it waits in registers until the next S^T is issued. These have to be others than the product wrote,
+  // so there it is scaled on the way.
   __device__ __forceinline__ void wait_for_dq_place() {
     barriers.dq_empty(consumer).wait(dq_slot.parity ^ 1);
     dq_slot.advance();
@@ -138,6 +140,14 @@ struct BackwardConsumer {
     const uint32_t dq_part = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4;
     const uint32_t dq_place = dq_part + thread() * 16;
     int count = 0;  // of steps
+    float dq_kept[kDeterministic ? Layout::kDqGroups : 1][4];
+    const auto scale_dq = [&](const auto& product, auto& scaled) {
+#pragma unroll
+      for (int n = 0; n < Layout::kDqGroups; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scaled[n][i] = product[n][i] * p.op.softmax_scale;
+      }
+    };
 
     float dk[kHeadDim / 8][4], dv[kHeadDim / 8][4];
     clear(dk);
@@ -165,7 +175,12 @@ struct BackwardConsumer {
 
       float scores[kGroups][4], dp[kGroups][4];
       score_product(scores, Layout::kK, Layout::kQ, q.stage);
-      if (!has_dq) barriers.v_full(consumer).wait(tile_parity);
+      if (!has_dq) {
+        barriers.v_full(consumer).wait(tile_parity);
+      } else if constexpr (kDeterministic) {
+        wait_for_dq_place();
+        store_dq(dq_kept, dq_place);
+      }
       barriers.do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
       if (has_dq) hand_over_dq();
@@ -247,12 +262,16 @@ struct BackwardConsumer {
       dout.advance();
       ds.advance();
       step = next_step();
-      if (count > 1) wait_for_dq_place();
+      if (!kDeterministic && count > 1) wait_for_dq_place();
       wgmma_wait<0>();
       fence_registers(dk);
       fence_registers(rounded_ds);
       fence_registers(dq);
-      if (count > 1) store_dq(dq, dq_place);
+      if constexpr (kDeterministic) {
+        scale_dq(dq, dq_kept);
+      } else if (count > 1) {
+        store_dq(dq, dq_place);
+      }
       barriers.q_empty(q_stage).arrive_warp();
       if (count > 1) barriers.ds_empty(ds_stage).arrive_warp();
     }
@@ -264,7 +283,13 @@ struct BackwardConsumer {
     float dq[Layout::kDqGroups][4];
     barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage);
-    if (count > 1) hand_over_dq();
+    if (count > 1) {
+      if constexpr (kDeterministic) {
+        wait_for_dq_place();
+        store_dq(dq_kept, dq_place);
+      }
+      hand_over_dq();
+    }
     gradient_to_shared<T, KTile>(dv, 1.0f, base + Layout::kV, consumer * 64);
     fence_async_proxy();
     if (consumer == 0) barriers.dv_full().arrive_warp();
@@ -273,6 +298,7 @@ struct BackwardConsumer {
     barriers.k_empty().arrive_warp();
     if (count > 0) {
       barriers.ds_empty(previous_ds.stage).arrive_warp();
+      if constexpr (kDeterministic) scale_dq(dq, dq);
       wait_for_dq_place();
       store_dq(dq, dq_place);
       hand_over_dq();

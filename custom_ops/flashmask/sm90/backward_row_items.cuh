@@ -155,6 +155,7 @@ struct RowItem {
     const int64_t row_tile_of_lane =
         static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + min(lane(), tiles - 1);
     const uint32_t summed = __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
+    const float scale = p.turns != nullptr ? 1.0f : p.op.softmax_scale;  // backward_mainloop.cuh says why
     for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
       const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;
       uint32_t upper[kChunks][4], lower[kChunks][4];
@@ -164,8 +165,8 @@ struct RowItem {
         for (int i = 0; i < 4; ++i) {  // each lane begins with another fragment: no bank conflicts
           float c[4];
           load_shared_float4(c, fragments + (n * 4 + t) * kWarpgroup * 16 + (t + i) % 4 * 16);
-          upper[n][i] = Half2<T>::pack(c[0] * p.op.softmax_scale, c[1] * p.op.softmax_scale);
-          lower[n][i] = Half2<T>::pack(c[2] * p.op.softmax_scale, c[3] * p.op.softmax_scale);
+          upper[n][i] = Half2<T>::pack(c[0] * scale, c[1] * scale);
+          lower[n][i] = Half2<T>::pack(c[2] * scale, c[3] * scale);
         }
       }
       free();

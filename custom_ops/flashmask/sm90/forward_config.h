@@ -21,6 +21,8 @@ struct ForwardShape {
   static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr bool kMasks = kMaskStages > 0;
+  // Whether the next row tile is looked up while products run (needs registers), or between row tiles.
+  static constexpr bool kLooksAhead = kConsumers == 2;
   static constexpr OutputBy kOutputBy = kOutputBy_;
   static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;
   // A block starts with 168 (128 with three consumers) registers a thread; what the producers give up, no more, goes to

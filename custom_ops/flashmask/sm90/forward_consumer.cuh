@@ -185,7 +185,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     fence_registers(scores);
     if (open) {
       wait_k();
-    } else {
+    } else if (Config::kLooksAhead) {
       look_ahead();
     }
     return moved;
@@ -264,7 +264,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       // goes through the place of Q.
       while (true) {
         while (open && is_seen()) pass(std::false_type{});
-        if (open || !follows || !is_seen()) break;
+        if (open) break;
+        if (!Config::kLooksAhead) look_ahead();
+        if (!follows || !is_seen()) break;
         pass(std::true_type{});
       }
       wait_v();
