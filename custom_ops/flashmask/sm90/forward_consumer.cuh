@@ -57,7 +57,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const int tiles = (p.op.seqlen_k + Config::kColumns - 1) / Config::kColumns;
   const int last_keys = p.op.seqlen_k - (tiles - 1) * Config::kColumns;
   int tile = 0;        // of these
-  uint32_t flags = 0;  // tile_word of the tile that K holds next
+  uint32_t flags = 0;    // tile_word of the tile that K holds next
+  uint32_t weighed = 0;  // that of the tile whose scores are at work
   bool open;           // whether that belongs to the row tile at work
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work, next;
@@ -140,7 +141,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   // Element i of group n of the scores at work, from memory (softmax.cuh says when).
   const auto score_again = [&](int n, int i) {
-    const int column_tile = Config::kMasks ? tile_number(flags) : (open ? tile : tiles) - 1;
+    const int column_tile = Config::kMasks ? tile_number(weighed) : (open ? tile : tiles) - 1;
     const int row = work.row_tile * Config::kRows + warp * 16 + lane / 4 + i / 2 * 8;
     const int column = column_tile * Config::kColumns + n * 8 + lane % 4 * 2 + i % 2;
     const int head_k = work.head / (p.op.heads_q / p.op.heads_k);
@@ -164,9 +165,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       wait_k();
     }
   };
-  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials.
-  // Returns whether to rescale the output.
-  const auto scores_to_weights = [&](auto is_first) {
+  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials (weigh
+  // of softmax.cuh). Returns whether to rescale the output.
+  const auto scores_to_weights = [&](auto is_first, const auto& halfway, const auto& done) {
     fence_registers(scores);
     release_k();
     if (p.negative_scale) {
@@ -178,16 +179,14 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       }
     }
     take_mask(is_partial());
-    const bool moved = softmax.template weigh<decltype(is_first)::value>(
-        scores, p.scale_log2, score_again);
-    // The exponentials belong here, while P V runs. Without a loop between them, the assembler puts them behind the
-    // wait for P V.
+    weighed = flags;
+    if (open) wait_k();
+    const bool moved =
+        softmax.template weigh<decltype(is_first)::value>(scores, p.scale_log2, score_again, halfway, done);
+    // The exponentials belong here, while P V runs. Without a branch or loop between them, the assembler puts them
+    // behind the wait for P V.
     fence_registers(scores);
-    if (open) {
-      wait_k();
-    } else if (Config::kLooksAhead) {
-      look_ahead();
-    }
+    if (Config::kLooksAhead && !open) look_ahead();
     return moved;
   };
   const auto pack_weights = [&] {
@@ -213,12 +212,24 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       work = next;
       has_next = false;
     }
-    const bool moved = scores_to_weights(is_end);
+    constexpr bool kRoundsEarly = Config::kRoundsEarly && !kEnds;
+    const auto take_output = [&] {
+      wgmma_wait<0>();
+      trace(Event::kOutputHere);
+      fence_registers(output);
+      fence_registers(weights);
+      release_v();
+    };
+    const bool moved = scores_to_weights(
+        is_end,
+        [&] {
+          if constexpr (kRoundsEarly) take_output();
+        },
+        [&] {
+          if constexpr (kRoundsEarly) pack_weights();
+        });
     trace(Event::kWeightsMade);
-    wgmma_wait<0>();
-    trace(Event::kOutputHere);
-    fence_registers(output);
-    release_v();
+    if constexpr (!kRoundsEarly) take_output();
     if (kEnds) {
       write_output<T, Layout>(p, maps.out, shared, ended, output, finished, warpgroup, thread);
       trace(Event::kOutputWritten);
@@ -226,7 +237,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     } else if (moved) {
       rescale(output, softmax.factor);
     }
-    pack_weights();
+    if constexpr (!kRoundsEarly) pack_weights();
   };
 
   look_ahead();
@@ -255,7 +266,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       turn.pass();
       wgmma_wait<0>();
       trace(Event::kScoresHere);
-      if (scores_to_weights(std::false_type{})) rescale(output, softmax.factor);
+      if (scores_to_weights(std::false_type{}, [] {}, [] {})) rescale(output, softmax.factor);
       trace(Event::kWeightsMade);
       pack_weights();
 

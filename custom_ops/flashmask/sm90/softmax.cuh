@@ -14,6 +14,8 @@
 #include <cfloat>
 #include <math_constants.h>
 
+#include <type_traits>
+
 #include "../cuda/instructions.cuh"
 #include "../cuda/tile_lists.cuh"
 
@@ -42,26 +44,35 @@ struct OnlineSoftmax {
   }
 
   // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled: not
-  // after the first tile of all (`kFirst`). `score_again` computes the score of group n, element i.
-  template <bool kFirst, int kGroups, typename ScoreAgain>
-  __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const ScoreAgain& score_again) {
+  // after the first tile of all (`kFirst`). `score_again` computes the score of group n, element i; `halfway` is called
+  // when half of the weights are there, `done` when all are, and again if they changed.
+  template <bool kFirst, int kGroups, typename ScoreAgain, typename Halfway, typename Done>
+  __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const ScoreAgain& score_again,
+                                        const Halfway& halfway, const Done& done) {
     if (kFirst || lacks_reference) find_references(scores, scale_log2);
-    float tile_sum[2];
+    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+    const auto weigh_half = [&](auto half) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float even = 0.0f, odd = 0.0f;
+      for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        scores[n][r * 2] = exp2_fast(scores[n][r * 2] * scale_log2 - reference[r]);
-        scores[n][r * 2 + 1] = exp2_fast(scores[n][r * 2 + 1] * scale_log2 - reference[r]);
-        even += scores[n][r * 2];
-        odd += scores[n][r * 2 + 1];
+        for (int i = 0; i < kGroups / 2; ++i) {
+          const int n = decltype(half)::value * (kGroups / 2) + i;
+          scores[n][r * 2] = exp2_fast(scores[n][r * 2] * scale_log2 - reference[r]);
+          scores[n][r * 2 + 1] = exp2_fast(scores[n][r * 2 + 1] * scale_log2 - reference[r]);
+          even[r] += scores[n][r * 2];
+          odd[r] += scores[n][r * 2 + 1];
+        }
       }
-      tile_sum[r] = even + odd;
-    }
+    };
+    weigh_half(std::integral_constant<int, 0>{});
+    halfway();
+    weigh_half(std::integral_constant<int, 1>{});
+    done();
+    const float tile_sum[2] = {even[0] + odd[0], even[1] + odd[1]};
     // NaN compares false: it stays in the sums, and so reaches the output.
     if (!kFirst && __any_sync(kAllLanes, fmaxf(tile_sum[0], tile_sum[1]) > kLargestTileSum)) {
       move_references(scores, tile_sum, scale_log2, score_again);
+      done();
       return true;
     }
     row_sum[0] += tile_sum[0];
