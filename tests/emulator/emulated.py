@@ -74,6 +74,7 @@ class Problem:
     deterministic: bool = False
     dropout: float = 0.0
     growth: float = 0.0  # of keys along the sequence: the last is so many times larger than the first
+    sunk: float = 0.0  # the first 192 keys are so far below all others
     seed: int = 0
     schedule: int = 0
     blocks: int = 2
@@ -89,6 +90,9 @@ class Problem:
         }
         drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         drawn["k"] *= 1 + self.growth * np.linspace(0, 1, self.s_k, dtype=np.float32)[:, None, None] ** 2
+        if self.sunk:
+            drawn["q"] = 1 + drawn["q"] / 8
+            drawn["k"][:, :192] = -self.sunk
         self.stored = {name: self.store(array) for name, array in drawn.items()}
         self.values = {name: load(array) for name, array in self.stored.items()}
         self.bounds = self.blocked = None

@@ -75,13 +75,14 @@ def test_scale(scale: float, n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [64, 72, 128, 256])
-@pytest.mark.parametrize("growth", [20.0, 150.0])
+@pytest.mark.parametrize("d", [64, 72, 128, 192, 256])
+@pytest.mark.parametrize("growth", [4.0, 20.0, 150.0])
 @pytest.mark.parametrize(("n", "causal"), [(0, False), (0, True), (2, True), (4, False)])
 def test_scores_that_outgrow_the_first_tile(n: int, causal: bool, growth: float, d: int, dtype: str) -> None:
     """Weights of up to 2^80 and 2^600 if the first tile's largest were 1; on Hopper the reference of a row moves."""
     mask: dict[str, Any] = {"n": n, "causal": causal, "h_m": 2 if n else 1}
-    errors = Problem(**mask, growth=growth, d=d, dtype=dtype, s_q=500, s_k=700).run()
+    options = {"scale": -(d**-0.5)} if causal else {}
+    errors = Problem(**mask, growth=growth, d=d, dtype=dtype, s_q=500, s_k=700, h_q=4, options=options).run()
     # Rounding such scores to 16 bits, as the measure of run() does, leaves little of them; ours are not rounded.
     assert errors["out"] < 5e-3
     assert errors["lse"] < 1e-5
@@ -201,6 +202,21 @@ def test_fuzz(seed: int) -> None:
         block_mask=bool(rng.random() < 0.2),
         options=options,
     ).run()
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_later_tile_reaches_its_rows_only(value: float, d: int) -> None:
+    """Beside rows whose scores grow beyond float32's exponentials, which are computed again."""
+    torch.manual_seed(d)
+    q, k, v = (torch.randn(1, 700, 2, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k *= 1 + 150 * torch.linspace(0, 1, 700, device="cuda", dtype=torch.bfloat16)[:, None, None] ** 2
+    k[0, 600, 0] = value
+    out, lse = Call(q, k, v, causal=True).forward()
+    assert torch.isfinite(out[:, :600]).all()
+    assert torch.isfinite(out[:, :, 1]).all()
+    assert torch.isfinite(lse[:, 1]).all()
+    assert torch.isnan(out[:, 600:, 0]).all()
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -32,9 +32,9 @@ struct KernelParams {
   FlashmaskParams op;
   TileLists lists;
 
-  float scale_log2;        // |softmax_scale| * log2(e), never zero
+  float scale_log2;         // |softmax_scale| * log2(e), never zero
   float signed_scale_log2;  // with the sign of softmax_scale
-  int32_t negative_scale;  // softmax_scale < 0
+  int32_t negative_scale;   // softmax_scale < 0
   int32_t no_skip;
 
   uint32_t keep_threshold;  // dropout: 16-bit draws below it are kept

@@ -11,6 +11,9 @@
 //   dK += dS^T Q               tell of dS^T
 //   dQ of the step before      wait for the next step's rows, and for all; dQ to shared memory
 //
+// (Deterministic: dQ of two steps ago goes to shared memory under S^T. At d = 64 masks come before the turn; at d = 128
+// dV is issued in two parts.)
+//
 // dQ = dS K needs the other warpgroup's dS^T. It is computed one step late, when that has long been there: so the
 // warpgroups need not walk in step, and they take turns at the exponentials, one computing while the other
 // multiplies.

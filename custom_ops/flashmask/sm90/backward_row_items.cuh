@@ -1,6 +1,6 @@
 // What a persistent backward block does for query rows, as work between column tiles: before column tiles need them
-// (delta, lse, and zeroed sums of dQ where nobody stores the first) and after the last one (sums of dQ, scaled, to their
-// storage type).
+// (delta, lse, and zeroed sums of dQ where nobody stores the first) and after the last one (sums of dQ to their storage
+// type, scaled unless the deterministic mode has done that).
 //
 // A row item is kRowTilesPerItem row tiles of one query head. Rows come through the stages of Q and dO like those of a
 // column tile, so the first are there when the consumers have time for them: `out` and dO to prepare, two halves of a
@@ -155,7 +155,8 @@ struct RowItem {
     const int64_t row_tile_of_lane =
         static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + min(lane(), tiles - 1);
     const uint32_t summed = __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
-    const float scale = p.turns != nullptr ? 1.0f : p.op.softmax_scale;  // backward_mainloop.cuh says why
+    const float scale = p.turns != nullptr ? 1.0f : p.op.softmax_scale;  // store_dq() says why
+    const auto scaled = [&](float sum) { return sum * scale + 0.0f; };   // no zero is negative
     for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
       const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;
       uint32_t upper[kChunks][4], lower[kChunks][4];
@@ -165,8 +166,8 @@ struct RowItem {
         for (int i = 0; i < 4; ++i) {  // each lane begins with another fragment: no bank conflicts
           float c[4];
           load_shared_float4(c, fragments + (n * 4 + t) * kWarpgroup * 16 + (t + i) % 4 * 16);
-          upper[n][i] = Half2<T>::pack(c[0] * scale, c[1] * scale);
-          lower[n][i] = Half2<T>::pack(c[2] * scale, c[3] * scale);
+          upper[n][i] = Half2<T>::pack(scaled(c[0]), scaled(c[1]));
+          lower[n][i] = Half2<T>::pack(scaled(c[2]), scaled(c[3]));
         }
       }
       free();

@@ -1,5 +1,5 @@
-// What the backward pass does per query row: before (delta, lse, zeroed dQ; and the work counter) and after (dQ, which
-// has its scale already, to its storage type). Above 128 dims, or where there are no keys; else backward_row_items.cuh.
+// What the backward pass does per query row: before (delta, lse, zeroed dQ; and the work counter) and after (sums of
+// dQ, scaled, to their storage type). Above 128 dims, or where there are no keys; else backward_row_items.cuh.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -84,12 +84,13 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
   const float* fragments = p.dq_accumulator +
                            (static_cast<int64_t>(batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
                            part * Layout::kDqPartFloats + (chunk * kWarpgroup + warp * 32 + g * 4) * 4;
+  const auto scaled = [&](float sum) { return sum * op.softmax_scale + 0.0f; };  // no zero is negative
   uint32_t upper[4], lower[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const float4 c = reinterpret_cast<const float4*>(fragments)[t];
-    upper[t] = Half2<T>::pack(c.x * op.softmax_scale, c.y * op.softmax_scale);
-    lower[t] = Half2<T>::pack(c.z * op.softmax_scale, c.w * op.softmax_scale);
+    upper[t] = Half2<T>::pack(scaled(c.x), scaled(c.y));
+    lower[t] = Half2<T>::pack(scaled(c.z), scaled(c.w));
   }
   T* dq = head_pointer<T>(op.dq, batch, head, row) + chunk * 8;
   *reinterpret_cast<uint4*>(dq) = make_uint4(upper[0], upper[1], upper[2], upper[3]);

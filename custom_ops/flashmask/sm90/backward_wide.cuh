@@ -79,8 +79,8 @@ struct WideConsumer {
     }
     wgmma_commit();
   }
-  // To global memory, without the scale. In the deterministic mode when the producer warp says so (backward_turns.cuh), who then hears
-  // that it is done: `parity` is that of the step's number, so of its buffer of dS.
+  // To global memory, without the scale. In the deterministic mode when the producer warp says so (backward_turns.cuh),
+  // who then hears that it is done: `parity` is that of the step's number, so of its buffer of dS.
   template <int kDqGroups>
   __device__ __forceinline__ void add_dq(const KernelParams& p, const Step& step, const float (&dq)[kDqGroups][4],
                                          int first_group, int consumer, int parity) const {

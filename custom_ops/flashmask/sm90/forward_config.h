@@ -23,7 +23,8 @@ struct ForwardShape {
   static constexpr bool kMasks = kMaskStages > 0;
   // Whether the next row tile is looked up while products run (needs registers), or between row tiles.
   static constexpr bool kLooksAhead = kConsumers == 2;
-  // With three, P V of the tile before is long done when half of the exponentials are: weights are rounded as they come.
+  // With three, P V of the tile before is long done when half of the exponentials are: weights are rounded as they
+  // come.
   static constexpr bool kRoundsEarly = kConsumers == 3;
   static constexpr OutputBy kOutputBy = kOutputBy_;
   static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;

@@ -56,10 +56,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // Where nothing masks, a row tile has this many column tiles, and the last so many keys.
   const int tiles = (p.op.seqlen_k + Config::kColumns - 1) / Config::kColumns;
   const int last_keys = p.op.seqlen_k - (tiles - 1) * Config::kColumns;
-  int tile = 0;        // of these
+  int tile = 0;          // of these
   uint32_t flags = 0;    // tile_word of the tile that K holds next
   uint32_t weighed = 0;  // that of the tile whose scores are at work
-  bool open;           // whether that belongs to the row tile at work
+  bool open;             // whether that belongs to the row tile at work
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work, next;
   bool has_next = false, follows = false;
@@ -155,7 +155,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
     return p.negative_scale ? -score : score;
   };
-  // Takes it while products still run.
+  // The next row tile; if it can follow without a gap, waits for its Q and first K, too. Where there are registers for
+  // it (kLooksAhead), while products still run.
   const auto look_ahead = [&] {
     next = read_row_tile<Layout>(shared, &row_tile_ring);
     has_next = true;
@@ -165,8 +166,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       wait_k();
     }
   };
-  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials (weigh
-  // of softmax.cuh). Returns whether to rescale the output.
+  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; waits for the next
+  // K; exponentials (weigh of softmax.cuh). Returns whether to rescale the output.
   const auto scores_to_weights = [&](auto is_first, const auto& halfway, const auto& done) {
     fence_registers(scores);
     release_k();

@@ -56,7 +56,8 @@ __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence
 
 // One lane's fragment of an accumulator, added to global memory.
 __device__ __forceinline__ void add_fragment(float* place, const float (&c)[4]) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+               "f"(c[3])
                : "memory");
 }
 

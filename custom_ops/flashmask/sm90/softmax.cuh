@@ -2,17 +2,17 @@
 // shares each with the three other threads of its quad.
 //
 // Weights are 2^(score - reference), and a row's reference is the largest score of the first tile in which it sees
-// anything. What later tiles bring may well be larger: a weight of more than one is no worse than a smaller one. Only when
-// weights become large does the reference move to the largest score, and what was summed is scaled down. So after the
-// first tile no maximum is looked for, which took a sixth of all instructions: whether weights are too large shows in
-// their sums, which are needed anyway.
+// anything. What later tiles bring may well be larger: a weight of more than one is no worse than a smaller one. Only
+// when weights become large does the reference move to the largest score, and what was summed is scaled down. So once
+// every row of a warp has a reference no maximum is looked for, which took a sixth of all instructions: whether weights
+// are too large shows in their sums, which are needed anyway.
 //
-// A score 2^128 times above the reference has a weight of infinity, and is lost by then: such scores are computed again
-// from Q and K in memory.
+// A score that is 128 or more above the reference (in powers of two) has a weight of infinity, and is lost by then:
+// such scores are computed again from Q and K in memory.
 #pragma once
 
-#include <cfloat>
 #include <math_constants.h>
+#include <cfloat>
 
 #include <type_traits>
 
@@ -21,8 +21,8 @@
 
 namespace flashmask::sm90 {
 
-// A row's reference moves when a thread's weights of one tile have a larger sum than this. Every 16-bit type holds that;
-// and random scores rarely get there, even if the first tile had only a small one to take the reference from.
+// A row's reference moves when a thread's weights of one tile have a larger sum than this. Every 16-bit type holds
+// that; and random scores rarely get there, even if the first tile had only a small one to take the reference from.
 constexpr float kLargestTileSum = 1024.0f;
 // The reference of a row that has seen nothing yet. It turns a masked score into a weight of zero, as minus infinity
 // would not.
@@ -43,14 +43,15 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled: not
-  // after the first tile of all (`kFirst`). `score_again` computes the score of group n, element i; `halfway` is called
-  // when half of the weights are there, `done` when all are, and again if they changed.
+  // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled:
+  // not after the first tile of all (`kFirst`). `score_again` computes the score of group n, element i; `halfway` is
+  // called when half of the weights are there, `done` when all are, and again if they changed.
   template <bool kFirst, int kGroups, typename ScoreAgain, typename Halfway, typename Done>
   __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const ScoreAgain& score_again,
                                         const Halfway& halfway, const Done& done) {
     if (kFirst || lacks_reference) find_references(scores, scale_log2);
     float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+    static_assert(kGroups % 2 == 0);
     const auto weigh_half = [&](auto half) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -104,7 +105,8 @@ struct OnlineSoftmax {
         other = fmaxf(other, scores[n][r * 2 + 1]);
       }
       largest = quad_max(fmaxf(largest, other));
-      if (reference[r] == kNoReference && largest > -CUDART_INF_F) reference[r] = largest * scale_log2;
+      // Rounded up: no weight of a first tile is above one, however large the scores.
+      if (reference[r] == kNoReference && largest > -CUDART_INF_F) reference[r] = __fmul_ru(largest, scale_log2);
     }
     lacks_reference = __any_sync(kAllLanes, reference[0] == kNoReference || reference[1] == kNoReference);
   }
@@ -123,38 +125,41 @@ struct OnlineSoftmax {
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const float old_reference = r == 0 ? reference[0] : reference[1];
-      float top = 0.0f;  // exponent of the row's largest weight
+      float top = 0.0f;                    // exponent of the row's largest finite weight
+      float largest_again = kNoReference;  // score of those that were infinite
+      uint64_t lost = 0;                   // which those are; their scores stand in place of their weights
+      static_assert(kGroups * 2 <= 64);
 #pragma unroll 1
       for (int index = 0; index < kGroups * 2; ++index) {
         const int n = index / 2, i = r * 2 + index % 2;
         float& weight = copy[n * 4 + i];
         if (weight == CUDART_INF_F) {
-          // In its place stands from here on minus what its exponent is.
-          weight = old_reference - score_again(n, i) * scale_log2;
-          top = fmaxf(top, -weight);
+          weight = score_again(n, i) * scale_log2;
+          largest_again = fmaxf(largest_again, weight);
+          lost |= 1ull << index;
         } else {
           top = fmaxf(top, __log2f(weight));
         }
       }
-      top = quad_max(top);
+      float new_reference = quad_max(fmaxf(old_reference + top, largest_again));
       const uint32_t large = __ballot_sync(kAllLanes, (r == 0 ? tile_sum[0] : tile_sum[1]) > kLargestTileSum);
-      if ((large >> (threadIdx.x & 28) & 0xF) == 0) top = 0.0f;  // the row keeps its reference: all factors are one
+      if ((large >> (threadIdx.x & 28) & 0xF) == 0) new_reference = old_reference;  // all factors are one
       // Weights up to 2^128 are brought down in two steps, as 2^-127 is not a normal number. What was summed before is
       // nothing beside them.
-      const float down = exp2_fast(-top), first = exp2_fast(-fminf(top, 64.0f)),
-                  second = exp2_fast(fminf(64.0f - top, 0.0f));
+      const float shift = new_reference - old_reference, down = exp2_fast(-shift);
+      const float first = exp2_fast(-fminf(shift, 64.0f)), second = exp2_fast(fminf(64.0f - shift, 0.0f));
       float even = 0.0f, odd = 0.0f;
 #pragma unroll 1
       for (int index = 0; index < kGroups * 2; ++index) {
         float& weight = copy[index / 2 * 4 + r * 2 + index % 2];
-        weight = weight < 0.0f ? exp2_fast(-weight - top) : weight * first * second;
+        weight = (lost >> index & 1) != 0 ? exp2_fast(weight - new_reference) : weight * first * second;
         (index % 2 == 0 ? even : odd) += weight;
       }
       const float sum = (r == 0 ? row_sum[0] : row_sum[1]) * down + (even + odd);
       if (r == 0) {
-        reference[0] += top, row_sum[0] = sum, factor[0] = down;
+        reference[0] = new_reference, row_sum[0] = sum, factor[0] = down;
       } else {
-        reference[1] += top, row_sum[1] = sum, factor[1] = down;
+        reference[1] = new_reference, row_sum[1] = sum, factor[1] = down;
       }
     }
 #pragma unroll

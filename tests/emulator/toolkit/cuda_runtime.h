@@ -49,6 +49,11 @@ inline int max(int a, int b) { return a > b ? a : b; }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline float __fmul_ru(float a, float b) {
+  const double exact = static_cast<double>(a) * b;
+  const float near = static_cast<float>(exact);
+  return near < exact ? nextafterf(near, HUGE_VALF) : near;
+}
 #define __log2f(x) log2f(x)  // the C library has a function of this name
 
 inline float __uint_as_float(unsigned bits) {
