@@ -240,6 +240,7 @@ def direction_of(kernel: str) -> str:
 # step before. "unmasked" is the forward kernel for calls in which nothing masks: where it has one place for Q, the wait
 # for a free place to describe the next row tile follows from the wait for that of Q.
 USED_BARRIERS = [
+    ("forward", 64, range(48)),
     ("forward", 128, range(38)),
     ("unmasked", 96, range(36)),
     ("unmasked", 128, sorted({*range(32)} - {14, 15})),
