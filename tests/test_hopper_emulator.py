@@ -138,11 +138,12 @@ def test_skipped_tiles_change_no_bit(libraries: Libraries) -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "low_dim"), FORWARD)
-@pytest.mark.parametrize(
-    "growth", [4, 20, 150]
-)  # weights of up to 2^15, 2^80, 2^600 if the first tile's largest were 1
+@pytest.mark.parametrize("growth", [4, 20, 150])
 def test_scores_that_outgrow_the_first_tile(growth: int, head_dim: int, low_dim: int, libraries: Libraries) -> None:
-    """The reference of a row's weights moves, and weights beyond float32 are computed again."""
+    """The reference of a row's weights moves, and weights beyond float32 are computed again.
+
+    Weights of up to 2^15, 2^80 and 2^600, if the first tile's largest were 1.
+    """
     library = libraries("forward", head_dim)
     for number, (n, causal) in enumerate(((0, False), (0, True), (1, True), (2, False), (4, False))):
         case = emulated.random_problem(

@@ -79,7 +79,7 @@ def test_scale(scale: float, n: int) -> None:
 @pytest.mark.parametrize("growth", [4.0, 20.0, 150.0])
 @pytest.mark.parametrize(("n", "causal"), [(0, False), (0, True), (2, True), (4, False)])
 def test_scores_that_outgrow_the_first_tile(n: int, causal: bool, growth: float, d: int, dtype: str) -> None:
-    """Weights of up to 2^80 and 2^600 if the first tile's largest were 1; on Hopper the reference of a row moves."""
+    """Weights of up to 2^15, 2^80, 2^600 if the first tile's largest were 1; on Hopper a row's reference moves."""
     mask: dict[str, Any] = {"n": n, "causal": causal, "h_m": 2 if n else 1}
     options = {"scale": -(d**-0.5)} if causal else {}
     errors = Problem(**mask, growth=growth, d=d, dtype=dtype, s_q=500, s_k=700, h_q=4, options=options).run()

@@ -67,6 +67,7 @@ struct KernelParams {
   float* query_delta;  // [batch * heads_q, padded_rows]: sum(dout * out)
   // [batch * heads_k]: a row tile that some column tile is at, where column tiles are to stay together (sm90); or null.
   int32_t* row_front;
+  // Sums of dQ, without the scale but where sm90 is deterministic up to 128 dims.
   float* dq_accumulator;  // [batch * heads_q, padded_rows, compiled dim], inside a tile in the order of its kernels
   // Deterministic: column tiles that have added, [batch * heads_q, row_tiles] and then one ticket, or [batch * heads_q,
   // row_tiles, 2] for two parts of dQ.

@@ -57,8 +57,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const int tiles = (p.op.seqlen_k + Config::kColumns - 1) / Config::kColumns;
   const int last_keys = p.op.seqlen_k - (tiles - 1) * Config::kColumns;
   int tile = 0;          // of these
-  uint32_t flags = 0;    // tile_word of the tile that K holds next
-  uint32_t weighed = 0;  // that of the tile whose scores are at work
+  uint32_t weighed = 0;  // tile_word of the tile whose scores are at work
+  uint32_t flags = 0;    // that of the tile that K holds next
   bool open;             // whether that belongs to the row tile at work
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work, next;
