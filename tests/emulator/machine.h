@@ -85,6 +85,7 @@ void init_barrier(uint32_t address, int arrivals);
 void publish_barriers();
 void arrive(uint32_t address, int bytes);
 void vouch(uint32_t address);  // kByLanes: this lane, too, for the arrival of its warp that follows
+bool test_barrier(uint32_t address, uint32_t parity);
 void wait_barrier(uint32_t address, uint32_t parity);
 void named_barrier(int id, int threads, bool wait);
 void set_registers(int registers, bool grow);

@@ -132,10 +132,29 @@ void vouch(uint32_t address) {
   if (options.races == Races::kByLanes) pass_on(&current->block->barrier_at(address).arriving);
 }
 
-void wait_barrier(uint32_t address, uint32_t parity) {
+namespace {
+MBarrier& barrier_waited_for(uint32_t address, uint32_t parity) {
   MBarrier& barrier = current->block->barrier_at(address);
   if (parity > 1) fail("mbarrier %d: waits for parity %u", barrier.number, parity);
-  if (options.fault == Fault::kBarrierWait && options.fault_index == barrier.number) return;
+  return barrier;
+}
+bool is_left_out(const MBarrier& barrier) {
+  return options.fault == Fault::kBarrierWait && options.fault_index == barrier.number;
+}
+}  // namespace
+
+bool test_barrier(uint32_t address, uint32_t parity) {
+  maybe_yield();
+  const MBarrier& barrier = barrier_waited_for(address, parity);
+  if (is_left_out(barrier)) return true;
+  if (barrier.phase == parity) return false;
+  see(barrier.completed);
+  return true;
+}
+
+void wait_barrier(uint32_t address, uint32_t parity) {
+  MBarrier& barrier = barrier_waited_for(address, parity);
+  if (is_left_out(barrier)) return;
   // Asked again after every phase: who sleeps through two of them waits on, as on the device.
   while (barrier.phase == parity) {
     barrier.waiting.push_back(current);

@@ -8,7 +8,7 @@
 namespace flashmask::sm90 {
 
 // Up to 128 dims: the two consumer warpgroups own 64 keys each and do the same (backward_mainloop.cuh).
-template <int kRows_, int kQStages_, bool kSplitsDims_, bool kRoundedP_, bool kTurnIncludesDs_, int kDvPiece_>
+template <int kRows_, int kQStages_>
 struct BackwardShape {
   static constexpr bool kWide = false;
   static constexpr int kRows = kRows_;  // queries of a row tile
@@ -16,15 +16,6 @@ struct BackwardShape {
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
-  // How the warpgroups share dQ: halves of the head dim, or halves of the rows.
-  static constexpr bool kSplitsDims = kSplitsDims_;
-  // dS from the rounded P^T, which dV needs anyway, instead of keeping P^T in float32 beside it.
-  static constexpr bool kRoundedP = kRoundedP_;
-  // The warpgroups take turns at exponentials; whether a turn begins with the masks and lasts until dS is computed too.
-  static constexpr bool kTurnIncludesDs = kTurnIncludesDs_;
-  // dV += P^T dO is issued whenever exponentials of so many times 16 queries are ready.
-  static constexpr int kDvPiece = kDvPiece_;
-  static_assert(kRows % (16 * kDvPiece) == 0);
 };
 
 // Above 128 dims: the consumer warpgroups share 64 keys; one makes P and dV, the other dS and dK (backward_wide.cuh).
@@ -42,9 +33,23 @@ struct WideBackwardShape {
 template <int kHeadDim>
 struct BackwardConfig;
 template <>
-struct BackwardConfig<64> : BackwardShape<128, 3, false, true, false, 8> {};
+struct BackwardConfig<64> : BackwardShape<128, 3> {
+  // How the warpgroups share dQ: halves of the head dim, or halves of the rows.
+  static constexpr bool kSplitsDims = false;
+  // dS from the rounded P^T, which dV needs anyway, instead of keeping P^T in float32 beside it.
+  static constexpr bool kRoundedP = true;
+  // The warpgroups take turns at exponentials; whether a turn begins with the masks and lasts until dS is computed too.
+  static constexpr bool kTurnIncludesDs = false;
+  // dV += P^T dO is issued whenever exponentials of so many times 16 queries are ready.
+  static constexpr int kDvPiece = 8;
+  // Whether the word that dQ is stored is given once S^T is issued, or only once dP^T is.
+  static constexpr bool kHandsOverEarly = false;
+};
 template <>
-struct BackwardConfig<128> : BackwardShape<64, 3, true, false, true, 2> {};
+struct BackwardConfig<128> : BackwardShape<64, 3> {
+  static constexpr bool kSplitsDims = true, kRoundedP = false, kTurnIncludesDs = true, kHandsOverEarly = true;
+  static constexpr int kDvPiece = 2;
+};
 template <>
 struct BackwardConfig<192> : WideBackwardShape<3> {};
 template <>
@@ -65,12 +70,10 @@ struct BackwardLayout {
   using KTile = Panels<Config::kColumns, kHeadDim>;        // [keys, dims]; V too
   using QTile = Panels<Config::kRows, kHeadDim>;           // [queries, dims]; dO too
   using DsTile = Panels<Config::kColumns, Config::kRows>;  // [keys, queries]: dS^T
-  using GradientTile = Panels<64, kHeadDim>;               // dK of a warpgroup's keys, up to 128 dims
   // dQ of a row tile in float32, in the order of accumulator fragments, [groups of 8 dims][128 threads][4]; where the
   // warpgroups share the rows, one such part each.
   static constexpr int kDqGroups = Config::kRows * kHeadDim / Config::kConsumers / kWarpgroup / 4;
   static constexpr int kDqPartFloats = kDqGroups * kWarpgroup * 4;
-  static_assert(Config::kWide || GradientTile::kBytes <= kDqPartFloats * 4);  // dK leaves through it
   // P^T on its way from one warpgroup to the other: a register operand of each thread.
   static constexpr int kPBytes = Config::kColumns * Config::kRows * 2;
 
@@ -102,8 +105,9 @@ struct Step {
   static constexpr int kEndOfTile = -1, kEndOfWork = -2, kPrepareRows = -3, kFinishRows = -4;
 
   int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or one of the above
-  int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile
-  int32_t batch_head;
+  int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile; at a column
+                 // tile's end its first key
+  int32_t batch_head;  // at a column tile's end of its key head
   int32_t bounds;  // persistent kernel: which of the column tile's masks, from 0; at its end the last; or row tiles
 };
 

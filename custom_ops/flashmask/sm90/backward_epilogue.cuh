@@ -9,6 +9,15 @@
 
 namespace flashmask::sm90 {
 
+template <int kGroups>
+__device__ __forceinline__ void scale_rows(float (&gradient)[kGroups][4], float scale) {
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) gradient[n][i] *= scale;
+  }
+}
+
 template <typename T, typename KTile, int kGroups>
 __device__ __forceinline__ void gradient_to_shared(float (&gradient)[kGroups][4], float scale, uint32_t place,
                                                    int first_key) {

@@ -47,7 +47,7 @@ __device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMa
     if (warp == 0) {
       RowRings<typename Layout::Config> rings;
       bring_rows<kHeadDim>(p, maps, block, base, &rings, [](const auto&) {});
-      bring_end<kHeadDim>(base, &rings, Step::kEndOfTile, block.masks(p.op) - 1);
+      bring_end<kHeadDim>(base, &rings, {Step::kEndOfTile, 0, 0, block.masks(p.op) - 1});
     } else if (warp == 3) {
       bring_wide_keys<kHeadDim>(p, maps, block, column_work(p, number + kBlocksAhead, sparse), base);
     } else if (kDeterministic && warp <= Layout::Config::kConsumers) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     if (warp == 0) {
       WorkBringer<kHeadDim>{p, maps, base}.run();
     } else if (warp <= Config::kConsumers) {
-      take_all_away<kHeadDim, kDeterministic>(p, maps, base, warp - 1);
+      take_dq_away<kHeadDim, kDeterministic>(p, base, warp - 1);
     } else {
       bring_keys<kHeadDim>(p, maps, base);
     }

@@ -25,6 +25,7 @@
 #include "backward_mask.cuh"
 #include "backward_row_items.cuh"
 #include "store_matrix.cuh"
+#include "store_rows.cuh"
 #include "wgmma.cuh"
 
 namespace flashmask::sm90 {
@@ -136,12 +137,11 @@ struct BackwardConsumer {
   __device__ __forceinline__ void begin_turn() { named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup); }
   __device__ __forceinline__ void end_turn() { named_barrier_arrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup); }
 
-  // A column tile, whose first step has come. Leaves dV in the place of V and dK in that of dQ.
+  // A column tile, whose first step has come. Leaves dV in the place of V, dK in memory.
   __device__ __forceinline__ void run_tile(const KernelParams& p) {
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
-    const uint32_t dq_part = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4;
-    const uint32_t dq_place = dq_part + thread() * 16;
+    const uint32_t dq_place = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4 + thread() * 16;
     int count = 0;  // of steps
     float dq_kept[kDeterministic ? Layout::kDqGroups : 1][4];
     const auto scale_dq = [&](const auto& product, auto& scaled) {
@@ -184,12 +184,14 @@ struct BackwardConsumer {
         wait_for_dq_place();
         store_dq(dq_kept, dq_place);
       }
+      if (Config::kHandsOverEarly && has_dq) hand_over_dq();
       barriers.do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
-      if (has_dq) hand_over_dq();
+      if (!Config::kHandsOverEarly && has_dq) hand_over_dq();
 
-      // Statistics of 16 rows come at a time; as many as there are registers for are loaded before they are needed.
-      constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? kSteps : 2;
+      // Statistics of 16 rows come at a time, each some products or exponentials before it is needed: shared memory,
+      // which the products read too, is slow to answer. Where P^T stays in float32, delta takes the registers of lse.
+      constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? 2 : kSteps;
       float lse[kSteps][4], delta[kSteps][4];
       const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
       const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
@@ -215,6 +217,7 @@ struct BackwardConsumer {
           score = exp2_fast(score * p.signed_scale_log2 - lse[k][i / 4 * 2 + i % 2]);
         }
         pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
+        if constexpr (!Config::kRoundedP) load_shared_float4(delta[k], delta_place + k * 64);
         // Every few exponentials, so that the tensor cores need not wait for the last.
         if (k % Config::kDvPiece == Config::kDvPiece - 1) {
           gradient_product<Config::kDvPiece>(dv, rounded_p, Layout::kDo, dout.stage, k + 1 - Config::kDvPiece);
@@ -223,8 +226,10 @@ struct BackwardConsumer {
       wgmma_commit();
       if constexpr (!Config::kTurnIncludesDs) end_turn();
 
+      if constexpr (Config::kRoundedP) {
 #pragma unroll
-      for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
+        for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
+      }
       barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
       wgmma_wait<1>();
       fence_registers(dp);
@@ -299,16 +304,17 @@ struct BackwardConsumer {
     wgmma_wait<0>();
     fence_registers(dq);
     barriers.k_empty().arrive_warp();
+    if (count > 0) barriers.ds_empty(previous_ds.stage).arrive_warp();
+    // Straight from registers, for which nobody has to wait; meanwhile the dQ before the last is added.
+    scale_rows(dk, p.op.softmax_scale);
+    store_rows<T>(p.op.dk, step.batch_head / p.op.heads_k, step.batch_head % p.op.heads_k, step.mask + first_key(),
+                  p.op.seqlen_k, p.op.head_dim, dk, lane());
     if (count > 0) {
-      barriers.ds_empty(previous_ds.stage).arrive_warp();
       if constexpr (kDeterministic) scale_dq(dq, dq);
       wait_for_dq_place();
       store_dq(dq, dq_place);
       hand_over_dq();
     }
-    wait_for_dq_place();
-    gradient_to_shared<T, typename Layout::GradientTile>(dk, p.op.softmax_scale, dq_part, 0);
-    hand_over_dq();
     trace(Event::kColumnTileEnd);
     tile_parity ^= 1;
     first_bounds = bounds + 1;

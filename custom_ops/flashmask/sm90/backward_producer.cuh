@@ -1,4 +1,4 @@
-// The warps of the backward kernel that bring rows (Q, dO, lse, delta) and take dQ, and dK with it, away.
+// The warps of the backward kernel that bring rows (Q, dO, lse, delta) and take dQ away.
 //
 // All producer warps wait together (wait_warp): a lane that the leader leaves behind in a wait could miss the phase and
 // the one after it, and would then wait for ever.
@@ -28,12 +28,11 @@ struct RowRings {
 
 // A step without rows, for a whole warp.
 template <int kHeadDim>
-__device__ __forceinline__ void bring_end(uint32_t shared_base, RowRings<BackwardConfig<kHeadDim>>* rings, int what,
-                                          int bounds) {
+__device__ __forceinline__ void bring_end(uint32_t shared_base, RowRings<BackwardConfig<kHeadDim>>* rings, Step step) {
   const BackwardBarriers<kHeadDim> barriers{shared_base};
   barriers.q_empty(rings->q.stage).wait_warp(rings->q.parity ^ 1);
   if (threadIdx.x % 32 == 0) {
-    write_step(shared_base + BackwardLayout<kHeadDim>::kSteps + rings->q.stage * 16, Step{what, 0, 0, bounds});
+    write_step(shared_base + BackwardLayout<kHeadDim>::kSteps + rings->q.stage * 16, step);
     barriers.q_full(rings->q.stage).arrive();
   }
   __syncwarp();
@@ -170,7 +169,9 @@ struct WorkBringer {
       }
     });
     if (!asked) ask();
-    bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfTile, block.masks(p.op) - 1);
+    bring_end<kHeadDim>(shared_base, &rings,
+                        {Step::kEndOfTile, block.column_begin, block.batch * p.op.heads_k + block.head_k,
+                         block.masks(p.op) - 1});
     free_work<kHeadDim>(shared_base, columns++);
   }
 
@@ -201,7 +202,7 @@ struct WorkBringer {
         bring_row_item();
       }
     }
-    bring_end<kHeadDim>(shared_base, &rings, Step::kEndOfWork, 0);
+    bring_end<kHeadDim>(shared_base, &rings, {Step::kEndOfWork, 0, 0, 0});
   }
 };
 
@@ -286,14 +287,16 @@ struct DqSender {
     if (row_tile < 0) {
       next_before = find_before();
     } else {
-      if (!ready) wait_for_count(state(row_tile), before);
+      if (!ready) wait_to_add(state(row_tile), before);
       __syncwarp();
       wait_for_dq();
       const int batch_head = row_tile / p.lists.row_tiles, in_head = row_tile - batch_head * p.lists.row_tiles;
       send_part(static_cast<int64_t>(batch_head) * p.padded_rows + in_head * Config::kRows, before == 0,
                 [&] { next_before = find_before(); });
-      if (next >= 0) next_ready = __shfl_sync(kAllLanes, read_count(state(next)), 0) >= next_before;
+      // Looked at before, and waited for after: the count of this turn is what others wait for.
+      const int32_t counted = next >= 0 ? peek_count(state(next)) : 0;
       count_part(row_tile);
+      next_ready = next >= 0 && __shfl_sync(kAllLanes, counted, 0) >= next_before;
     }
     row_tile = next;
     before = next_before;
@@ -315,25 +318,15 @@ struct DqSender {
   }
 };
 
-// All that leaves through one warpgroup's place for dQ: dQ of all steps of a column tile, then dK.
+// dQ of one warpgroup, of all column tiles.
 template <int kHeadDim, bool kDeterministic>
-__device__ __forceinline__ void take_all_away(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base,
-                                              int consumer) {
-  using Layout = BackwardLayout<kHeadDim>;
-  using GradientTile = typename Layout::GradientTile;
+__device__ __forceinline__ void take_dq_away(const KernelParams& p, uint32_t shared_base, int consumer) {
   DqSender<kHeadDim, kDeterministic> dq{p, shared_base, consumer};
   for (uint32_t number = 0; wait_for_work<kHeadDim>(shared_base, number); ++number) {
     const BackwardBlock block(p, read_work<kHeadDim>(shared_base, number));
     free_work<kHeadDim>(shared_base, number);
     dq.send(block);
-    const BackwardBarriers<kHeadDim> barriers{shared_base};
-    barriers.dq_full(consumer).wait_warp(dq.parity);
-    dq.parity ^= 1;
     if (dq.leader()) {
-      store_gradient<GradientTile>(maps.dk, shared_base + Layout::kDq + consumer * Layout::kDqPartFloats * 4,
-                                   consumer * 64, block);
-      finish_stores();
-      barriers.dq_empty(consumer).arrive();
       wait_stores<0>();
       fence_async_proxy_global();
       count_up(p.finished + block.batch * p.op.heads_k + block.head_k);

@@ -57,7 +57,7 @@ __device__ __forceinline__ void manage_turns(const KernelParams& p, const Backwa
     int32_t* turn = p.turns + (block.batch_head(p.op, head) * p.lists.row_tiles + tile) * Config::kConsumers + consumer;
     const int before = turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile);
     if (added != nullptr) count_added();
-    wait_for_count(turn, before);
+    wait_to_add(turn, before);
     barriers.dq_empty(consumer).arrive_warp();
     added = turn;
   });

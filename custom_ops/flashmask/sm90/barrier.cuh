@@ -55,6 +55,21 @@ struct Barrier {
         : "memory");
     return done != 0;
   }
+  // Whether the phase is over, without waiting. The answer takes as long as a dozen instructions, or several if shared
+  // memory is busy: so it is asked for before it is needed.
+  __device__ __forceinline__ bool test(uint32_t parity) const {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
   // For a whole warp, which stays together: the compiler cannot know that of the other loop.
   __device__ __forceinline__ void wait_warp(uint32_t parity) const {
 #ifdef FLASHMASK_TRAP_ON_HANG

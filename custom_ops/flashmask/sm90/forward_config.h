@@ -21,10 +21,16 @@ struct ForwardShape {
   static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr bool kMasks = kMaskStages > 0;
+  // Whether the warpgroups take turns at issuing products, so that one's exponentials fall into the other's products.
+  // Three do that by themselves, and a turn of one that is at the end of a row tile would keep the others waiting.
+  static constexpr bool kTakesTurns = kConsumers == 2;
+  // Whether the next K is waited for while scores are computed, or only behind the exponentials: with two places for 64
+  // keys it is often not there before.
+  static constexpr bool kWaitsForKeysEarly = kColumns >= 128;
   // Whether the next row tile is looked up while products run (needs registers), or between row tiles.
   static constexpr bool kLooksAhead = kConsumers == 2;
-  // With three, P V of the tile before is long done when half of the exponentials are: weights are rounded as they
-  // come.
+  // With three, P V of the tile before is long done when half of the exponentials are: it is waited for then, so that
+  // weights can be rounded as they come.
   static constexpr bool kRoundsEarly = kConsumers == 3;
   static constexpr OutputBy kOutputBy = kOutputBy_;
   static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;

@@ -19,14 +19,18 @@ namespace flashmask::sm90 {
 constexpr int kTurnBarrier = 1;  // one for each consumer warpgroup
 
 // Whose turn it is to issue products.
-template <int kConsumers>
+template <int kConsumers, bool kTakesTurns>
 struct Turn {
   int warpgroup;
   __device__ __forceinline__ void start() const {
     if (warpgroup == kConsumers - 1) pass();
   }
-  __device__ __forceinline__ void wait() const { named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup); }
+  __device__ __forceinline__ void wait() const {
+    if (!kTakesTurns) return;
+    named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
+  }
   __device__ __forceinline__ void pass() const {
+    if (!kTakesTurns) return;
     const int next = warpgroup + 1 == kConsumers ? 0 : warpgroup + 1;
     named_barrier_arrive(kTurnBarrier + next, 2 * kWarpgroup);
   }
@@ -41,7 +45,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   constexpr int kHeadDim = Layout::kHeadDim;
   constexpr int kScoreGroups = Config::kColumns / 8, kSteps = Config::kColumns / 16;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
-  const Turn<Config::kConsumers> turn{warpgroup};
+  const Turn<Config::kConsumers, Config::kTakesTurns> turn{warpgroup};
   turn.start();
 
   Ring<Config::kStages> k_ring, v_ring;
@@ -65,31 +69,35 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   bool has_next = false, follows = false;
   OnlineSoftmax softmax;
 
+  int used_k = 0;        // place of the K that the scores at work come from
+  bool special = false;  // whether those need more than most do
   const auto wait_k = [&] {
     Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
     if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileWords + k_ring.stage * 4));
   };
   // Whether these 64 rows see anything of it, or need element masks.
   const auto is_seen = [&] { return !Config::kMasks || (flags >> warpgroup & 1) != 0; };
-  const auto is_partial = [&] { return (flags >> (kTilePartialShift + warpgroup) & 1) != 0; };
+  const auto is_partial = [&] { return (weighed >> (kTilePartialShift + warpgroup) & 1) != 0; };
   const auto q_barrier = [&](int barrier) { return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8; };
   const auto release_q = [&] {
     release(q_barrier(Layout::kQEmpty));
     q_ring.advance();
   };
-  const auto release_k = [&] {
+  const auto leave_k = [&] {
+    weighed = flags;
+    used_k = k_ring.stage;
+    k_ring.advance();
     if (Config::kMasks) {
-      open = !(flags & kTileLast);
+      open = !(weighed & kTileLast);
     } else {
       open = ++tile < tiles;
       if (!open) tile = 0;
     }
-    release(Layout::kKEmpty + k_ring.stage * 8);
-    k_ring.advance();
-    if (!open && !Config::kOutputInQuery) release_q();
   };
+  const auto release_k = [&] { release(Layout::kKEmpty + used_k * 8); };
   const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
-  const auto wait_v = [&] { Barrier{shared + Layout::kVFull + v_ring.stage * 8}.wait_warp(v_ring.parity); };
+  const auto v_full = [&] { return Barrier{shared + Layout::kVFull + v_ring.stage * 8}; };
+  const auto wait_v = [&] { v_full().wait_warp(v_ring.parity); };
   const auto release_v = [&] {
     release(Layout::kVEmpty + v_ring.stage * 8);
     v_ring.advance();
@@ -100,7 +108,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (!open && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
       return;
     }
-    if (!(flags & kTileAnyPartial)) return;
+    if (!(weighed & kTileAnyPartial)) return;
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait_warp(mask_ring.parity);
     if (apply) {
       apply_mask<Layout>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
@@ -166,44 +174,64 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       wait_k();
     }
   };
-  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; waits for the next
-  // K; exponentials (weigh of softmax.cuh). Returns whether to rescale the output.
-  const auto scores_to_weights = [&](auto is_first, const auto& halfway, const auto& done) {
+  // While scores are computed: what comes next, and what these will need.
+  const auto look_at_next = [&] {
+    leave_k();
+    special = !open || p.negative_scale || softmax.lacks_reference ||
+              (Config::kMasks && (weighed & kTileAnyPartial) != 0);
+    if (Config::kWaitsForKeysEarly && open) wait_k();
+  };
+  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials (weigh
+  // of softmax.cuh). Returns whether references have to move.
+  const auto scores_to_weights = [&](auto is_first, const auto& halfway) {
+    constexpr bool kFirst = decltype(is_first)::value;
     fence_registers(scores);
     release_k();
-    if (p.negative_scale) {
-      // References are largest scores, so it is their sign that changes.
+    // All that most tiles do not need, behind one jump: each costs as much as twenty instructions.
+    if (kFirst || special) {
+      if (!open && !Config::kOutputInQuery) release_q();
+      if (p.negative_scale) {
+        // References are largest scores, so it is their sign that changes.
 #pragma unroll
-      for (int n = 0; n < kScoreGroups; ++n) {
+        for (int n = 0; n < kScoreGroups; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[n][i] = -scores[n][i];
+          for (int i = 0; i < 4; ++i) scores[n][i] = -scores[n][i];
+        }
       }
+      take_mask(is_partial());
+      if (kFirst || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
     }
-    take_mask(is_partial());
-    weighed = flags;
-    if (open) wait_k();
-    const bool moved =
-        softmax.template weigh<decltype(is_first)::value>(scores, p.scale_log2, score_again, halfway, done);
+    const bool large = softmax.weigh(scores, p.scale_log2, halfway);
     // The exponentials belong here, while P V runs. Without a branch or loop between them, the assembler puts them
     // behind the wait for P V.
     fence_registers(scores);
+    if (!Config::kWaitsForKeysEarly && open) wait_k();
     if (Config::kLooksAhead && !open) look_ahead();
-    return moved;
+    return !kFirst && large;  // of a first tile, no weight is above one
   };
   const auto pack_weights = [&] {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
   };
+  // Nothing may be in flight.
+  const auto move_references = [&] {
+    softmax.move_references(scores, p.scale_log2, score_again);
+    rescale(output, softmax.factor);
+    pack_weights();
+  };
 
-  // One column tile: its scores beside the output of the one before, which ends a row tile or not.
+  // One column tile: its scores beside the output of the one before, which ends a row tile or not. Returns whether
+  // references have to move.
   const auto pass = [&](auto is_end) {
     constexpr bool kEnds = decltype(is_end)::value;
     turn.wait();
     trace(Event::kTurn);
+    const bool v_here = v_full().test(v_ring.parity);
     issue_scores();
-    wait_v();
+    if (!v_here) v_full().wait(v_ring.parity);
     issue_output();
     turn.pass();
+    look_at_next();
     wgmma_wait<1>();
     trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
@@ -221,24 +249,18 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       fence_registers(weights);
       release_v();
     };
-    const bool moved = scores_to_weights(
-        is_end,
-        [&] {
-          if constexpr (kRoundsEarly) take_output();
-        },
-        [&] {
-          if constexpr (kRoundsEarly) pack_weights();
-        });
+    const bool large = scores_to_weights(is_end, [&] {
+      if constexpr (kRoundsEarly) take_output();
+    });
     trace(Event::kWeightsMade);
     if constexpr (!kRoundsEarly) take_output();
     if (kEnds) {
       write_output<T, Layout>(p, maps.out, shared, ended, output, finished, warpgroup, thread);
       trace(Event::kOutputWritten);
       clear(output);
-    } else if (moved) {
-      rescale(output, softmax.factor);
     }
-    if constexpr (!kRoundsEarly) pack_weights();
+    pack_weights();
+    return large;
   };
 
   look_ahead();
@@ -255,8 +277,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (!is_seen()) {
         turn.wait();
         turn.pass();
+        leave_k();
         take_mask(false);
         release_k();
+        if (!open && !Config::kOutputInQuery) release_q();
         wait_v();
         release_v();
         continue;
@@ -265,17 +289,24 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       trace(Event::kTurn);
       issue_scores();
       turn.pass();
+      look_at_next();
       wgmma_wait<0>();
       trace(Event::kScoresHere);
-      if (scores_to_weights(std::false_type{}, [] {}, [] {})) rescale(output, softmax.factor);
+      const bool first_large = scores_to_weights(std::false_type{}, [] {});
       trace(Event::kWeightsMade);
       pack_weights();
+      if (first_large) move_references();
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
       // between them. The chain breaks at a tile that these rows do not see, and at the end of a row tile whose output
       // goes through the place of Q.
       while (true) {
-        while (open && is_seen()) pass(std::false_type{});
+        bool large = false;
+        while (open && is_seen() && !large) large = pass(std::false_type{});
+        if (large) {
+          move_references();
+          continue;
+        }
         if (open) break;
         if (!Config::kLooksAhead) look_ahead();
         if (!follows || !is_seen()) break;

@@ -9,51 +9,12 @@
 #include "global_memory.cuh"
 #include "softmax.cuh"
 #include "store_matrix.cuh"
+#include "store_rows.cuh"
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
 
 constexpr int kEpilogueBarrier = 5;  // named barriers: one for each consumer warpgroup
-
-// For lane t of a quad: the words [t] of its four lanes, in their order.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = (lane & step) != 0;
-#pragma unroll
-    for (int low = 0; low < 4; ++low) {
-      if (low & step) continue;
-      const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? words[low] : words[low + step], step);
-      if (upper) {
-        words[low] = got;
-      } else {
-        words[low + step] = got;
-      }
-    }
-  }
-}
-
-// 64 rows of the output straight to memory: the four lanes of a row bring 64 bytes at a time.
-template <typename T, int kGroups>
-__device__ __forceinline__ void store_rows(const FlashmaskParams& op, const RowTile& work, int first_row,
-                                           const float (&output)[kGroups][4], int lane) {
-  static_assert(kGroups % 4 == 0);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int query = first_row + r * 8 + lane / 4;
-    T* const row = head_pointer<T>(op.out, work.batch, work.head, query) + lane % 4 * 8;
-#pragma unroll
-    for (int n = 0; n < kGroups; n += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = Half2<T>::pack(output[n + i][r * 2], output[n + i][r * 2 + 1]);
-      transpose_quad(words, lane);
-      if (query < op.seqlen_q && (n + lane % 4) * 8 < op.head_dim_v) {
-        store_global_128(row + n * 8, words);
-      }
-    }
-  }
-}
 
 template <typename T, typename Layout>
 __device__ __forceinline__ void write_output(const KernelParams& p, const CUtensorMap& map, uint32_t shared,
@@ -81,7 +42,7 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const CUtens
   rescale(output, inverse);
 
   if constexpr (Config::kOutputBy == OutputBy::kRegisters) {
-    store_rows<T>(p.op, work, row_begin + row, output, lane);
+    store_rows<T>(p.op.out, work.batch, work.head, row_begin + row, p.op.seqlen_q, p.op.head_dim_v, output, lane);
     return;
   }
   // The last output of this warpgroup has left its place.

@@ -13,23 +13,25 @@ __device__ __forceinline__ int32_t read_count(const int32_t* counter) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
   return seen;
 }
-__device__ __forceinline__ void wait_for_count(const int32_t* counter, int32_t value) {
-  while (read_count(counter) < value) {
-    // An acquiring load empties the L1 cache: this one looks without, until it is time.
-    int32_t seen;
-    do {
-      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
-    } while (seen < value);
+// Says nothing of what was written before.
+__device__ __forceinline__ int32_t peek_count(const int32_t* counter) {
+  int32_t seen;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
+// For what is only added to afterwards, and not read: additions that are sent when the count is known arrive behind those
+// that were counted. So nothing need be acquired, which would take one more journey to the L2 cache.
+__device__ __forceinline__ void wait_to_add(const int32_t* counter, int32_t value) {
+  while (peek_count(counter) < value) {
   }
 }
 // For a whole warp, which stays together: the compiler cannot know that of the other loop, and keeps what all lanes
 // share in more registers than a producer has then. Each lane may have a counter of its own.
 __device__ __forceinline__ void wait_for_count_warp(const int32_t* counter, int32_t value) {
   while (__any_sync(0xFFFFFFFFu, read_count(counter) < value)) {
-    int32_t seen;
-    do {
-      asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
-    } while (__any_sync(0xFFFFFFFFu, seen < value));
+    // An acquiring load empties the L1 cache: this one looks without, until it is time.
+    while (__any_sync(0xFFFFFFFFu, peek_count(counter) < value)) {
+    }
   }
 }
 // To the multiprocessor's own cache; a hint.

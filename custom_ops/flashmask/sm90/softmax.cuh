@@ -32,6 +32,7 @@ struct OnlineSoftmax {
   float reference[2];           // in powers of two: of scores times scale_log2
   float row_sum[2];             // of this thread's columns
   float factor[2];              // what the output so far has to be multiplied with, if it has to be
+  float tile_sum[2];            // of the last tile
   bool lacks_reference = true;  // any row of this warp
 
   __device__ __forceinline__ OnlineSoftmax() {
@@ -43,13 +44,28 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores of one more tile become weights, and are added to the sums. Returns whether the output has to be rescaled:
-  // not after the first tile of all (`kFirst`). `score_again` computes the score of group n, element i; `halfway` is
-  // called when half of the weights are there, `done` when all are, and again if they changed.
-  template <bool kFirst, int kGroups, typename ScoreAgain, typename Halfway, typename Done>
-  __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const ScoreAgain& score_again,
-                                        const Halfway& halfway, const Done& done) {
-    if (kFirst || lacks_reference) find_references(scores, scale_log2);
+  // The largest scores of a tile become references of the rows that have none.
+  template <int kGroups>
+  __device__ __forceinline__ void find_references(const float (&scores)[kGroups][4], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = scores[0][r * 2], other = scores[0][r * 2 + 1];
+#pragma unroll
+      for (int n = 1; n < kGroups; ++n) {
+        largest = fmaxf(largest, scores[n][r * 2]);
+        other = fmaxf(other, scores[n][r * 2 + 1]);
+      }
+      largest = quad_max(fmaxf(largest, other));
+      // Rounded up: no weight of a first tile is above one, however large the scores.
+      if (reference[r] == kNoReference && largest > -CUDART_INF_F) reference[r] = __fmul_ru(largest, scale_log2);
+    }
+    lacks_reference = __any_sync(kAllLanes, reference[0] == kNoReference || reference[1] == kNoReference);
+  }
+
+  // Scores of one more tile become weights, and are added to the sums. But not if any of the warp are too large, which
+  // is returned: then references have to move. `halfway` is called when half of the weights are there.
+  template <int kGroups, typename Halfway>
+  __device__ __forceinline__ bool weigh(float (&scores)[kGroups][4], float scale_log2, const Halfway& halfway) {
     float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
     static_assert(kGroups % 2 == 0);
     const auto weigh_half = [&](auto half) {
@@ -68,17 +84,15 @@ struct OnlineSoftmax {
     weigh_half(std::integral_constant<int, 0>{});
     halfway();
     weigh_half(std::integral_constant<int, 1>{});
-    done();
-    const float tile_sum[2] = {even[0] + odd[0], even[1] + odd[1]};
+    tile_sum[0] = even[0] + odd[0];
+    tile_sum[1] = even[1] + odd[1];
     // NaN compares false: it stays in the sums, and so reaches the output.
-    if (!kFirst && __any_sync(kAllLanes, fmaxf(tile_sum[0], tile_sum[1]) > kLargestTileSum)) {
-      move_references(scores, tile_sum, scale_log2, score_again);
-      done();
-      return true;
+    const bool large = __any_sync(kAllLanes, fmaxf(tile_sum[0], tile_sum[1]) > kLargestTileSum);
+    if (!large) {
+      row_sum[0] += tile_sum[0];
+      row_sum[1] += tile_sum[1];
     }
-    row_sum[0] += tile_sum[0];
-    row_sum[1] += tile_sum[1];
-    return false;
+    return large;
   }
 
   // Over all columns of a row.
@@ -88,33 +102,15 @@ struct OnlineSoftmax {
     return sum + __shfl_xor_sync(kAllLanes, sum, 2);
   }
 
- private:
   static __device__ __forceinline__ float quad_max(float value) {
     value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
     return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
   }
 
-  template <int kGroups>
-  __device__ __forceinline__ void find_references(const float (&scores)[kGroups][4], float scale_log2) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float largest = scores[0][r * 2], other = scores[0][r * 2 + 1];
-#pragma unroll
-      for (int n = 1; n < kGroups; ++n) {
-        largest = fmaxf(largest, scores[n][r * 2]);
-        other = fmaxf(other, scores[n][r * 2 + 1]);
-      }
-      largest = quad_max(fmaxf(largest, other));
-      // Rounded up: no weight of a first tile is above one, however large the scores.
-      if (reference[r] == kNoReference && largest > -CUDART_INF_F) reference[r] = __fmul_ru(largest, scale_log2);
-    }
-    lacks_reference = __any_sync(kAllLanes, reference[0] == kNoReference || reference[1] == kNoReference);
-  }
-
   // Rows decide one by one, so that the result does not depend on which rows share a warp.
   template <int kGroups, typename ScoreAgain>
-  __device__ __forceinline__ void move_references(float (&weights)[kGroups][4], const float (&tile_sum)[2],
-                                                  float scale_log2, const ScoreAgain& score_again) {
+  __device__ __forceinline__ void move_references(float (&weights)[kGroups][4], float scale_log2,
+                                                  const ScoreAgain& score_again) {
     // Rare and long, so in loops that are not unrolled, over a copy in memory: registers have no index.
     float copy[kGroups * 4];
 #pragma unroll

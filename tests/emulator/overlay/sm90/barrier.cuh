@@ -19,6 +19,7 @@ struct Barrier {
     if (emulator::lane() == 0) arrive();
   }
   void arrive_expecting(int bytes) const { emulator::arrive(address, bytes); }
+  bool test(uint32_t parity) const { return emulator::test_barrier(address, parity); }
   void wait(uint32_t parity) const { emulator::wait_barrier(address, parity); }
   void wait_warp(uint32_t parity) const {
     emulator::wait_barrier(address, parity);

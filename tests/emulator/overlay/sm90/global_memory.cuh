@@ -12,7 +12,8 @@ inline int32_t read_count(const int32_t* counter) {
   emulator::maybe_yield();
   return *counter;
 }
-inline void wait_for_count(const int32_t* counter, int32_t value) { emulator::wait_for_count(counter, value); }
+inline int32_t peek_count(const int32_t* counter) { return read_count(counter); }
+inline void wait_to_add(const int32_t* counter, int32_t value) { emulator::wait_for_count(counter, value); }
 inline void wait_for_count_warp(const int32_t* counter, int32_t value) {
   emulator::wait_for_count(counter, value);
   emulator::sync_warp("wait_for_count_warp");
