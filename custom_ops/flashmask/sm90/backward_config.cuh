@@ -94,7 +94,7 @@ struct BackwardLayout {
   static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // the one at work, and the next
   static constexpr int kBarriers = kItems + 2 * 16;
   static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
-                                       3 * Config::kConsumers + 3 + 2 * (kBoundsBuffers + kWorkSlots) + 2;
+                                       4 * Config::kConsumers + 2 + 2 * (kBoundsBuffers + kWorkSlots) + 2;
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
   static_assert(kBytes <= 227 * 1024);
 };
@@ -108,7 +108,7 @@ struct Step {
   int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile; at a column
                  // tile's end its first key
   int32_t batch_head;  // at a column tile's end of its key head
-  int32_t bounds;  // persistent kernel: which of the column tile's masks, from 0; at its end the last; or row tiles
+  int32_t bounds;      // persistent kernel: which of the column tile's masks, from 0; at its end the last; or row tiles
 };
 
 // The barriers of a block. Arrivals count warps of consumers, or one thread of a producer.
@@ -119,7 +119,7 @@ struct BackwardBarriers {
   static constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   static constexpr int kQ = 0, kDo = kQ + 2 * Config::kQStages, kDs = kDo + 2 * Config::kDoStages,
                        kP = kDs + 2 * Config::kDsBuffers, kDq = kP + 2 * Config::kDsBuffers,
-                       kK = kDq + 2 * Config::kConsumers, kV = kK + 3, kBounds = kV + Config::kConsumers,
+                       kK = kDq + 2 * Config::kConsumers, kV = kK + 2, kBounds = kV + 2 * Config::kConsumers,
                        kWork = kBounds + 2 * kBoundsBuffers, kAsked = kWork + 2 * kWorkSlots;
   static_assert(kAsked + 2 == Layout::kBarrierCount);
   uint32_t base;  // of the shared memory
@@ -139,10 +139,9 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier dq_empty(int consumer) const { return at(kDq + Config::kConsumers + consumer); }
   __device__ __forceinline__ Barrier k_full() const { return at(kK); }
   __device__ __forceinline__ Barrier k_empty() const { return at(kK + 1); }
-  // dV of the first warpgroup lies in its place of V, to be taken away. That of the other does when K is empty.
-  __device__ __forceinline__ Barrier dv_full() const { return at(kK + 2); }
   // Of the keys of one warpgroup; above 128 dims the first is of all.
   __device__ __forceinline__ Barrier v_full(int consumer) const { return at(kV + consumer); }
+  __device__ __forceinline__ Barrier v_empty(int consumer) const { return at(kV + Config::kConsumers + consumer); }
   __device__ __forceinline__ Barrier bounds_full(int buffer) const { return at(kBounds + buffer); }
   __device__ __forceinline__ Barrier bounds_empty(int buffer) const { return at(kBounds + kBoundsBuffers + buffer); }
   __device__ __forceinline__ Barrier work_full(int slot) const { return at(kWork + slot); }
@@ -175,10 +174,10 @@ struct BackwardBarriers {
         dq_empty(consumer).init(1);
       }
       v_full(consumer).init(1);
+      v_empty(consumer).init_warps(kWarpgroup / 32);
     }
     k_full().init(1);
     k_empty().init_warps(kConsumerWarps);
-    dv_full().init_warps(kWarpgroup / 32);
     for (int buffer = 0; buffer < kBoundsBuffers; ++buffer) {
       bounds_full(buffer).init_warps(1);
       bounds_empty(buffer).init_warps(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);

@@ -1,4 +1,4 @@
-// dK and dV of 64 keys: from the accumulators of a warpgroup to shared memory, and from there by TMA.
+// dK or dV of 64 keys, above 128 dims: from the accumulators of a warpgroup to shared memory, and from there by TMA.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -8,15 +8,6 @@
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
-
-template <int kGroups>
-__device__ __forceinline__ void scale_rows(float (&gradient)[kGroups][4], float scale) {
-#pragma unroll
-  for (int n = 0; n < kGroups; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) gradient[n][i] *= scale;
-  }
-}
 
 template <typename T, typename KTile, int kGroups>
 __device__ __forceinline__ void gradient_to_shared(float (&gradient)[kGroups][4], float scale, uint32_t place,

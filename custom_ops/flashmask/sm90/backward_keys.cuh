@@ -1,8 +1,6 @@
-// The warp of the backward kernel that brings what belongs to keys: K, V and the intervals of the mask. Up to 128 dims
-// it also takes dV away, which leaves through the place of V.
+// The warp of the backward kernel that brings what belongs to keys: K, V and the intervals of the mask.
 #pragma once
 
-#include "backward_epilogue.cuh"
 #include "backward_mask.cuh"
 #include "backward_scheduler.cuh"
 #include "backward_work.cuh"
@@ -79,13 +77,11 @@ __device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t sha
   }
 }
 
-// One warp: K, V and intervals for all column tiles of a persistent block, and dV at the end of each. It has time in
-// between, and finds out what the block does next. As soon as the next column tile is known, its keys go to the L2
-// cache and the intervals of its first mask to shared memory.
+// One warp: K, V and intervals for all column tiles of a persistent block. It has time in between, and finds out what
+// the block does next. As soon as the next column tile is known, its keys go to the L2 cache and the intervals of its
+// first mask to shared memory.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_keys(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
-  using Layout = BackwardLayout<kHeadDim>;
-  using KTile = typename Layout::KTile;
   const bool leader = threadIdx.x % 32 == 0;
   Ring<kBoundsBuffers> bounds;
   const auto block = [&](uint32_t number) { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
@@ -103,28 +99,14 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
       bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number + 1), 0, 1);
     }
     if (number != ~0u) {
-      // The end of the column tile: the first warpgroup's dV is there before the other's last dQ is multiplied; K is
-      // free after that, and the other dV there too.
+      // The end of the column tile. V is free after the last dP^T, K when both warpgroups have their last dQ.
       const BackwardBarriers<kHeadDim> barriers{shared_base};
-      const auto send_dv = [&](int consumer) {
-        if (leader) {
-          store_gradient<KTile>(maps.dv, shared_base + Layout::kV + consumer * 64 * KTile::kRowBytes, consumer * 64,
-                                block(number));
-          commit_stores();
-        }
-        __syncwarp();
-      };
-      barriers.dv_full().wait_warp(number % 2);
-      send_dv(0);
+      for (int consumer = 0; consumer < 2; ++consumer) {
+        barriers.v_empty(consumer).wait_warp(number % 2);
+        if (leader && early) load_v<kHeadDim>(maps, block(number + 1), shared_base, consumer);
+      }
       barriers.k_empty().wait_warp(number % 2);
       if (leader && early) load_k<kHeadDim>(maps, block(number + 1), shared_base);
-      send_dv(1);
-      if (leader) {
-        wait_stores_read<1>();
-        if (early) load_v<kHeadDim>(maps, block(number + 1), shared_base, 0);
-        wait_stores_read<0>();
-        if (early) load_v<kHeadDim>(maps, block(number + 1), shared_base, 1);
-      }
       __syncwarp();
     }
     while (next != WorkItem::kColumnTile) {

@@ -21,7 +21,6 @@
 
 #include "../cuda/element.cuh"
 #include "backward_access.cuh"
-#include "backward_epilogue.cuh"
 #include "backward_mask.cuh"
 #include "backward_row_items.cuh"
 #include "store_matrix.cuh"
@@ -39,6 +38,7 @@ struct BackwardConsumer {
   using DsTile = typename Layout::DsTile;
   static constexpr int kGroups = Config::kRows / 8;  // accumulator groups of S^T and dP^T
   static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
+  static constexpr bool kHandsOverEarly = Config::kHandsOverEarly && !kDeterministic;
 
   uint32_t base;        // address of the shared memory
   int thread_in_block;  // opaque: the compiler would read it anew in every step, which takes long
@@ -137,7 +137,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ void begin_turn() { named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup); }
   __device__ __forceinline__ void end_turn() { named_barrier_arrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup); }
 
-  // A column tile, whose first step has come. Leaves dV in the place of V, dK in memory.
+  // A column tile, whose first step has come.
   __device__ __forceinline__ void run_tile(const KernelParams& p) {
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
@@ -184,10 +184,10 @@ struct BackwardConsumer {
         wait_for_dq_place();
         store_dq(dq_kept, dq_place);
       }
-      if (Config::kHandsOverEarly && has_dq) hand_over_dq();
+      if (kHandsOverEarly && has_dq) hand_over_dq();
       barriers.do_full(dout.stage).wait(dout.parity);
       score_product(dp, Layout::kV, Layout::kDo, dout.stage);
-      if (!Config::kHandsOverEarly && has_dq) hand_over_dq();
+      if (!kHandsOverEarly && has_dq) hand_over_dq();
 
       // Statistics of 16 rows come at a time, each some products or exponentials before it is needed: shared memory,
       // which the products read too, is slow to answer. Where P^T stays in float32, delta takes the registers of lse.
@@ -286,8 +286,10 @@ struct BackwardConsumer {
     barriers.q_empty(q.stage).arrive_warp();
     q.advance();
 
-    // The last dQ; after no steps at all again a product that is dropped. dV leaves while it is multiplied.
+    // The last dQ; after no steps at all again a product that is dropped. dV and dK leave meanwhile, straight from
+    // registers, so that V and K are free for the next column tile and nobody waits for a place.
     if (count == 0) barriers.v_full(consumer).wait(tile_parity);
+    barriers.v_empty(consumer).arrive_warp();
     float dq[Layout::kDqGroups][4];
     barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage);
@@ -298,17 +300,17 @@ struct BackwardConsumer {
       }
       hand_over_dq();
     }
-    gradient_to_shared<T, KTile>(dv, 1.0f, base + Layout::kV, consumer * 64);
-    fence_async_proxy();
-    if (consumer == 0) barriers.dv_full().arrive_warp();
+    const auto store_gradient_rows = [&](const FlashmaskTensor& tensor, int dims, const auto& gradient) {
+      store_rows<T>(tensor, step.batch_head / p.op.heads_k, step.batch_head % p.op.heads_k, step.mask + first_key(),
+                    p.op.seqlen_k, dims, gradient, lane());
+    };
+    store_gradient_rows(p.op.dv, p.op.head_dim_v, dv);
     wgmma_wait<0>();
     fence_registers(dq);
     barriers.k_empty().arrive_warp();
     if (count > 0) barriers.ds_empty(previous_ds.stage).arrive_warp();
-    // Straight from registers, for which nobody has to wait; meanwhile the dQ before the last is added.
     scale_rows(dk, p.op.softmax_scale);
-    store_rows<T>(p.op.dk, step.batch_head / p.op.heads_k, step.batch_head % p.op.heads_k, step.mask + first_key(),
-                  p.op.seqlen_k, p.op.head_dim, dk, lane());
+    store_gradient_rows(p.op.dk, p.op.head_dim, dk);
     if (count > 0) {
       if constexpr (kDeterministic) scale_dq(dq, dq);
       wait_for_dq_place();

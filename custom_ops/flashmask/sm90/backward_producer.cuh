@@ -4,7 +4,6 @@
 // the one after it, and would then wait for ever.
 #pragma once
 
-#include "backward_epilogue.cuh"
 #include "backward_row_items.cuh"
 #include "backward_scheduler.cuh"
 #include "backward_turns.cuh"
@@ -169,9 +168,9 @@ struct WorkBringer {
       }
     });
     if (!asked) ask();
-    bring_end<kHeadDim>(shared_base, &rings,
-                        {Step::kEndOfTile, block.column_begin, block.batch * p.op.heads_k + block.head_k,
-                         block.masks(p.op) - 1});
+    bring_end<kHeadDim>(
+        shared_base, &rings,
+        {Step::kEndOfTile, block.column_begin, block.batch * p.op.heads_k + block.head_k, block.masks(p.op) - 1});
     free_work<kHeadDim>(shared_base, columns++);
   }
 

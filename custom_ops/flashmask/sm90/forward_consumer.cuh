@@ -177,12 +177,12 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // While scores are computed: what comes next, and what these will need.
   const auto look_at_next = [&] {
     leave_k();
-    special = !open || p.negative_scale || softmax.lacks_reference ||
-              (Config::kMasks && (weighed & kTileAnyPartial) != 0);
+    special =
+        !open || p.negative_scale || softmax.lacks_reference || (Config::kMasks && (weighed & kTileAnyPartial) != 0);
     if (Config::kWaitsForKeysEarly && open) wait_k();
   };
-  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials (weigh
-  // of softmax.cuh). Returns whether references have to move.
+  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials
+  // (weigh of softmax.cuh). Returns whether references have to move.
   const auto scores_to_weights = [&](auto is_first, const auto& halfway) {
     constexpr bool kFirst = decltype(is_first)::value;
     fence_registers(scores);

@@ -1,4 +1,4 @@
-// 16 rows of an accumulator straight to memory, where no shared memory is free for them.
+// Rows of an accumulator straight to memory, where no shared memory is free for them or would have to be waited for.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -21,6 +21,15 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
         words[low + step] = got;
       }
     }
+  }
+}
+
+template <int kGroups>
+__device__ __forceinline__ void scale_rows(float (&gradient)[kGroups][4], float scale) {
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) gradient[n][i] *= scale;
   }
 }
 
