@@ -102,6 +102,7 @@ class Problem:
             shape = (self.b, self.h_m, -(-self.s_q // 128), -(-self.s_k // 128))
             self.blocked = (rng.random(shape) < 0.6).astype(np.int32)
         self.true_scale = self.d**-0.5 if self.scale is None else self.scale
+        self._results: list[tuple[np.ndarray, tuple[slice, ...]]] = []
         self.keep, self.keep_scale = None, 1.0
         if self.dropout:
             self.keep, self.keep_scale = reference.dropout_keep(
@@ -112,9 +113,21 @@ class Problem:
     def store(self, array: np.ndarray) -> np.ndarray:
         return _core.to_bf16(array) if self.dtype == "bf16" else array.astype(np.float16)
 
-    def empty(self, *shape: int) -> np.ndarray:
-        """NaN: what the kernels leave out will show."""
-        return self.store(np.full(shape, np.nan, np.float32))
+    def empty(self, batch: int, rows: int, heads: int, dims: int) -> np.ndarray:
+        """NaN: what the kernels leave out will show. All around it are ones: what they write outside will, too."""
+        inside = (slice(None), slice(1, rows + 1), slice(0, heads), slice(0, dims))
+        whole = self.store(np.ones((batch, rows + 2, heads + 1, dims + 8), np.float32))
+        whole[inside] = self.store(np.full((batch, rows, heads, dims), np.nan, np.float32))
+        self._results.append((whole, inside))
+        return whole[inside]
+
+    def check_outside(self) -> None:
+        """That nothing was written beside the results."""
+        for whole, inside in self._results:
+            outside = whole.copy()
+            outside[inside] = outside[0, 0, 0, 0]
+            assert (load(outside) == 1).all(), "written outside of a result"
+        self._results.clear()
 
     @property
     def philox(self) -> tuple[int, int]:
@@ -179,6 +192,7 @@ class Problem:
         out = self.empty(self.b, self.s_q, self.h_q, self.d_v)
         lse = np.full((self.b, self.h_q, self.s_q), np.nan, np.float32)
         library.run(self._params(out, lse), False, self.schedule, self.blocks, fault, self.races)
+        self.check_outside()
         return {"out": load(out), "lse": lse}
 
     def backward(self, library: Emulated, fault: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:
@@ -189,6 +203,7 @@ class Problem:
         for name, array in gradients.items():
             setattr(params, name, _view(array))
         library.run(params, True, self.schedule, self.blocks, fault, self.races)
+        self.check_outside()
         return {name: load(array) for name, array in gradients.items()}
 
     def run(self, library: Emulated, fault: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:

@@ -106,8 +106,8 @@ struct Step {
 
   int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or one of the above
   int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile; at a column
-                 // tile's end its first key
-  int32_t batch_head;  // at a column tile's end of its key head
+                 // tile's end, up to 128 dims, its first key
+  int32_t batch_head;  // there of its key head
   int32_t bounds;      // persistent kernel: which of the column tile's masks, from 0; at its end the last; or row tiles
 };
 
@@ -139,7 +139,7 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier dq_empty(int consumer) const { return at(kDq + Config::kConsumers + consumer); }
   __device__ __forceinline__ Barrier k_full() const { return at(kK); }
   __device__ __forceinline__ Barrier k_empty() const { return at(kK + 1); }
-  // Of the keys of one warpgroup; above 128 dims the first is of all.
+  // Of the keys of one warpgroup; above 128 dims the first is of all, and the others are not used.
   __device__ __forceinline__ Barrier v_full(int consumer) const { return at(kV + consumer); }
   __device__ __forceinline__ Barrier v_empty(int consumer) const { return at(kV + Config::kConsumers + consumer); }
   __device__ __forceinline__ Barrier bounds_full(int buffer) const { return at(kBounds + buffer); }

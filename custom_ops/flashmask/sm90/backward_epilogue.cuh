@@ -10,9 +10,8 @@
 namespace flashmask::sm90 {
 
 template <typename T, typename KTile, int kGroups>
-__device__ __forceinline__ void gradient_to_shared(float (&gradient)[kGroups][4], float scale, uint32_t place,
-                                                   int first_key) {
-  const int warp_key = first_key + threadIdx.x / 32 % 4 * 16;
+__device__ __forceinline__ void gradient_to_shared(float (&gradient)[kGroups][4], float scale, uint32_t place) {
+  const int warp_key = threadIdx.x / 32 % 4 * 16;
   const uint32_t corner = matrix_corner<KTile>(place, warp_key, threadIdx.x % 32);
 #pragma unroll
   for (int n = 0; n < kGroups; n += 2) {
@@ -24,15 +23,13 @@ __device__ __forceinline__ void gradient_to_shared(float (&gradient)[kGroups][4]
   }
 }
 
-// By one thread, after a fence and a barrier. `place` is that of the first of 64 keys in a tile of Tile; they are
-// `first_key` and on in the column tile. Keys and dims outside the tensor are left out by the copy engine.
+// By one thread, after a fence and a barrier. Keys and dims outside the tensor are left out by the copy engine.
 template <typename Tile>
-__device__ __forceinline__ void store_gradient(const CUtensorMap& map, uint32_t place, int first_key,
-                                               const BackwardBlock& block) {
+__device__ __forceinline__ void store_gradient(const CUtensorMap& map, uint32_t place, const BackwardBlock& block) {
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    store_box(map, place + panel * Tile::kPanelBytes, panel * Tile::kPanel, block.column_begin + first_key,
-              block.head_k, block.batch, kEvictFirst);
+    store_box(map, place + panel * Tile::kPanelBytes, panel * Tile::kPanel, block.column_begin, block.head_k,
+              block.batch, kEvictFirst);
   }
 }
 __device__ __forceinline__ void finish_stores() {
@@ -44,11 +41,11 @@ __device__ __forceinline__ void finish_stores() {
 template <typename T, typename KTile, int kGroups>
 __device__ __forceinline__ void store_alone(float (&gradient)[kGroups][4], float scale, const CUtensorMap& map,
                                             uint32_t place, int barrier, const BackwardBlock& block) {
-  gradient_to_shared<T, KTile>(gradient, scale, place, 0);
+  gradient_to_shared<T, KTile>(gradient, scale, place);
   fence_async_proxy();
   named_barrier_sync(barrier, kWarpgroup);
   if (threadIdx.x % kWarpgroup == 0) {
-    store_gradient<KTile>(map, place, 0, block);
+    store_gradient<KTile>(map, place, block);
     finish_stores();
   }
 }

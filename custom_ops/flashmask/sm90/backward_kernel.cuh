@@ -129,8 +129,6 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
   if constexpr (Config::kWide) {
     make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 64, kPanelK);
     make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
-  } else {  // dK and dV go straight from registers
-    maps->dk = maps->dv = maps->k;
   }
   if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
     maps->q = maps->dout = maps->out = maps->k;

@@ -5,14 +5,14 @@
 // (docs/hopper-kernel.md has the picture):
 //
 //   issued                     meanwhile
-//   S^T = K Q^T                tell of dQ of two steps ago
+//   S^T = K Q^T                tell of dQ of two steps ago (d = 128)
 //   dP^T = V dO^T              wait for S^T and for this warpgroup's turn; mask; P^T = exp2(S^T), rounded
 //   dV += P^T dO               wait for dP^T; dS^T = P^T (dP^T - delta), rounded, to shared memory
 //   dK += dS^T Q               tell of dS^T
 //   dQ of the step before      wait for the next step's rows, and for all; dQ to shared memory
 //
-// (Deterministic: dQ of two steps ago goes to shared memory under S^T. At d = 64 masks come before the turn; at d = 128
-// dV is issued in two parts.)
+// (At d = 64 masks come before the turn, and dQ is told of under dP^T; at d = 128 dV is issued in two parts.
+// Deterministic: dQ of two steps ago goes to shared memory under S^T, and is told of under dP^T.)
 //
 // dQ = dS K needs the other warpgroup's dS^T. It is computed one step late, when that has long been there: so the
 // warpgroups need not walk in step, and they take turns at the exponentials, one computing while the other

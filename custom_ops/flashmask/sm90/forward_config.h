@@ -30,7 +30,7 @@ struct ForwardShape {
   // Whether the next row tile is looked up while products run (needs registers), or between row tiles.
   static constexpr bool kLooksAhead = kConsumers == 2;
   // With three, P V of the tile before is long done when half of the exponentials are: it is waited for then, so that
-  // weights can be rounded as they come.
+  // the assembler can round weights as they come.
   static constexpr bool kRoundsEarly = kConsumers == 3;
   static constexpr OutputBy kOutputBy = kOutputBy_;
   static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;

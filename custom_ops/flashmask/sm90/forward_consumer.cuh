@@ -1,7 +1,7 @@
 // A consumer warpgroup of the forward kernel: 64 rows of Q against all active column tiles.
 //
 // S = Q K^T of the next tile and O += P V of this one are issued together; the softmax of the next tile then runs while
-// P V still does. The warpgroups take turns in issuing, so that one's softmax hides under the other's products.
+// P V still does. Two warpgroups take turns in issuing, so that one's softmax hides under the other's products.
 #pragma once
 
 #include <type_traits>
@@ -202,9 +202,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (kFirst || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
     }
     const bool large = softmax.weigh(scores, p.scale_log2, halfway);
-    // The exponentials belong here, while P V runs. Without a branch or loop between them, the assembler puts them
-    // behind the wait for P V.
-    fence_registers(scores);
+    fence_registers(scores);  // the exponentials belong here, while P V runs
     if (!Config::kWaitsForKeysEarly && open) wait_k();
     if (Config::kLooksAhead && !open) look_ahead();
     return !kFirst && large;  // of a first tile, no weight is above one

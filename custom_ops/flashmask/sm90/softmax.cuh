@@ -32,7 +32,7 @@ struct OnlineSoftmax {
   float reference[2];           // in powers of two: of scores times scale_log2
   float row_sum[2];             // of this thread's columns
   float factor[2];              // what the output so far has to be multiplied with, if it has to be
-  float tile_sum[2];            // of the last tile
+  float tile_sum[2];            // of the last tile, for move_references
   bool lacks_reference = true;  // any row of this warp
 
   __device__ __forceinline__ OnlineSoftmax() {
@@ -102,11 +102,6 @@ struct OnlineSoftmax {
     return sum + __shfl_xor_sync(kAllLanes, sum, 2);
   }
 
-  static __device__ __forceinline__ float quad_max(float value) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
-    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
-  }
-
   // Rows decide one by one, so that the result does not depend on which rows share a warp.
   template <int kGroups, typename ScoreAgain>
   __device__ __forceinline__ void move_references(float (&weights)[kGroups][4], float scale_log2,
@@ -163,6 +158,12 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) weights[n][i] = copy[n * 4 + i];
     }
+  }
+
+ private:
+  static __device__ __forceinline__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cuda/element.cuh"
+#include "../cuda/tile_lists.cuh"
 #include "global_memory.cuh"
 
 namespace flashmask::sm90 {
