@@ -109,7 +109,7 @@ def best_rival_ratios(rows: Rows, rivals: list[str], baseline: str) -> dict[str,
 
 
 def goals(rows: Rows) -> list[Goal]:
-    """What the kernels are meant to reach on an H100. Those of rivals and modes that a file lacks are not measured."""
+    """What the kernels are meant to reach on an H100 or H200; of rivals and modes that a file lacks: not measured."""
     rivals = [each for each in dict.fromkeys(row["rival"] for row in rows) if not each.startswith("ours")]
     made = []
 

@@ -9,7 +9,7 @@
 
 namespace flashmask::sm90 {
 
-// K and V of a column tile are read by its block alone.
+// K and V of a column tile are read by its block alone: so they may be the first to leave the L2 cache.
 
 // By one thread.
 template <int kHeadDim>
