@@ -151,7 +151,7 @@ int64_t flashmask_backward_workspace_bytes(const FlashmaskParams* params) {
   return checked_workspace_bytes(params, true);
 }
 
-const char* flashmask_kernel_name(const FlashmaskParams* params, int32_t backward) {
+const char* flashmask_kernel_name(const FlashmaskParams* params, [[maybe_unused]] int32_t backward) {
   static thread_local std::string name;
   if (params == nullptr) {
     invalid("params: null");

@@ -65,7 +65,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   uint32_t flags = 0;    // that of the tile that K holds next
   bool open;             // whether that belongs to the row tile at work
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
-  RowTile work, next;
+  RowTile work{}, next;
   bool has_next = false, follows = false;
   OnlineSoftmax softmax;
 
