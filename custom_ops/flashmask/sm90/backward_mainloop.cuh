@@ -39,6 +39,7 @@ struct BackwardConsumer {
   static constexpr int kGroups = Config::kRows / 8;  // accumulator groups of S^T and dP^T
   static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
   static constexpr bool kHandsOverEarly = Config::kHandsOverEarly && !kDeterministic;
+  static_assert(kSteps % Config::kDvPiece == 0);
 
   uint32_t base;        // address of the shared memory
   int thread_in_block;  // opaque: the compiler would read it anew in every step, which takes long

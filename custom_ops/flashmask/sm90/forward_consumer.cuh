@@ -182,7 +182,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     if (Config::kWaitsForKeysEarly && open) wait_k();
   };
   // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials
-  // (weigh of softmax.cuh). Returns whether references have to move.
+  // (weigh of softmax.cuh); then the next K where that was not waited for before, and the next row tile where there are
+  // registers for it. Returns whether references have to move.
   const auto scores_to_weights = [&](auto is_first, const auto& halfway) {
     constexpr bool kFirst = decltype(is_first)::value;
     fence_registers(scores);

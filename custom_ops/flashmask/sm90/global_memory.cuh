@@ -19,8 +19,10 @@ __device__ __forceinline__ int32_t peek_count(const int32_t* counter) {
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
   return seen;
 }
-// For what is only added to afterwards, and not read: additions that are sent when the count is known arrive behind
-// those that were counted. So nothing need be acquired, which would take one more journey to the L2 cache.
+// For what is only added to afterwards, and not read. What was counted, additions and the first column tile's stores,
+// has arrived in the L2 cache: it was waited for before the count was released. Additions that are sent when the count
+// is known arrive behind it. So nothing is acquired, which would take one more journey. The memory model of PTX does
+// not promise that: it is how the hardware works, and tests on it compare the bits of deterministic runs.
 __device__ __forceinline__ void wait_to_add(const int32_t* counter, int32_t value) {
   while (peek_count(counter) < value) {
   }

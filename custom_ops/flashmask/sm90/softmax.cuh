@@ -102,7 +102,9 @@ struct OnlineSoftmax {
     return sum + __shfl_xor_sync(kAllLanes, sum, 2);
   }
 
-  // Rows decide one by one, so that the result does not depend on which rows share a warp.
+  // When weigh has found weights of a tile too large: they become smaller, the tile's sums are added, and the output so
+  // far has to be multiplied with `factor`. `score_again` computes the score of group n, element i. Rows decide one by
+  // one, so that the result does not depend on which rows share a warp.
   template <int kGroups, typename ScoreAgain>
   __device__ __forceinline__ void move_references(float (&weights)[kGroups][4], float scale_log2,
                                                   const ScoreAgain& score_again) {
