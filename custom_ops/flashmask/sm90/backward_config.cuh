@@ -8,12 +8,15 @@
 namespace flashmask::sm90 {
 
 // Up to 128 dims: the two consumer warpgroups own 64 keys each and do the same (backward_mainloop.cuh).
-template <int kRows_, int kQStages_>
+template <int kRows_, int kQStages_, int kKeyPlaces_, int kPlaceKeys_>
 struct BackwardShape {
   static constexpr bool kWide = false;
   static constexpr int kRows = kRows_;  // queries of a row tile
   static constexpr int kColumns = 128;  // keys of a column tile: 64 for each of two consumer warpgroups
   static constexpr int kConsumers = 2;  // warpgroups
+  // Places for K, of kPlaceKeys keys each. With three of 64, the first warpgroup's keys of the next column tile are
+  // there before it is done with these.
+  static constexpr int kKeyPlaces = kKeyPlaces_, kPlaceKeys = kPlaceKeys_;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
 };
@@ -22,7 +25,7 @@ struct BackwardShape {
 template <int kQStages_>
 struct WideBackwardShape {
   static constexpr bool kWide = true;
-  static constexpr int kRows = 64, kColumns = 64, kConsumers = 2;
+  static constexpr int kRows = 64, kColumns = 64, kConsumers = 2, kKeyPlaces = 1, kPlaceKeys = 64;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
   static constexpr bool kSplitsDims = true;
@@ -33,7 +36,7 @@ struct WideBackwardShape {
 template <int kHeadDim>
 struct BackwardConfig;
 template <>
-struct BackwardConfig<64> : BackwardShape<128, 3> {
+struct BackwardConfig<64> : BackwardShape<128, 3, 3, 64> {
   // How the warpgroups share dQ: halves of the head dim, or halves of the rows.
   static constexpr bool kSplitsDims = false;
   // dS from the rounded P^T, which dV needs anyway, instead of keeping P^T in float32 beside it.
@@ -46,7 +49,7 @@ struct BackwardConfig<64> : BackwardShape<128, 3> {
   static constexpr bool kHandsOverEarly = false;
 };
 template <>
-struct BackwardConfig<128> : BackwardShape<64, 3> {
+struct BackwardConfig<128> : BackwardShape<64, 3, 1, 128> {
   static constexpr bool kSplitsDims = true, kRoundedP = false, kTurnIncludesDs = true, kHandsOverEarly = true;
   static constexpr int kDvPiece = 2;
 };
@@ -67,9 +70,11 @@ constexpr int kColumnTilesOfGroup = 32;
 template <int kHeadDim>
 struct BackwardLayout {
   using Config = BackwardConfig<kHeadDim>;
-  using KTile = Panels<Config::kColumns, kHeadDim>;        // [keys, dims]; V too
-  using QTile = Panels<Config::kRows, kHeadDim>;           // [queries, dims]; dO too
-  using DsTile = Panels<Config::kColumns, Config::kRows>;  // [keys, queries]: dS^T
+  using KTile = Panels<Config::kColumns, kHeadDim>;  // [keys, dims] of V, and of K above 128 dims
+  using KeyPlaces = Panels<Config::kKeyPlaces * Config::kPlaceKeys, kHeadDim>;  // K
+  static constexpr int kKeyPieces = Config::kColumns / Config::kPlaceKeys;      // places that a column tile takes
+  using QTile = Panels<Config::kRows, kHeadDim>;                                // [queries, dims]; dO too
+  using DsTile = Panels<Config::kColumns, Config::kRows>;                       // [keys, queries]: dS^T
   // dQ of a row tile in float32, in the order of accumulator fragments, [groups of 8 dims][128 threads][4]; where the
   // warpgroups share the rows, one such part each.
   static constexpr int kDqGroups = Config::kRows * kHeadDim / Config::kConsumers / kWarpgroup / 4;
@@ -78,7 +83,7 @@ struct BackwardLayout {
   static constexpr int kPBytes = Config::kColumns * Config::kRows * 2;
 
   static constexpr int kK = 0;
-  static constexpr int kV = kK + KTile::kBytes;
+  static constexpr int kV = kK + KeyPlaces::kBytes;
   static constexpr int kQ = kV + KTile::kBytes;
   static constexpr int kDo = kQ + Config::kQStages * QTile::kBytes;
   static constexpr int kDs = kDo + Config::kDoStages * QTile::kBytes;
@@ -94,7 +99,8 @@ struct BackwardLayout {
   static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // the one at work, and the next
   static constexpr int kBarriers = kItems + 2 * 16;
   static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
-                                       4 * Config::kConsumers + 2 + 2 * (kBoundsBuffers + kWorkSlots) + 2;
+                                       4 * Config::kConsumers + 2 * Config::kKeyPlaces +
+                                       2 * (kBoundsBuffers + kWorkSlots) + 2;
   static constexpr int kBytes = kBarriers + kBarrierCount * 8;
   static_assert(kBytes <= 227 * 1024);
 };
@@ -119,8 +125,9 @@ struct BackwardBarriers {
   static constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   static constexpr int kQ = 0, kDo = kQ + 2 * Config::kQStages, kDs = kDo + 2 * Config::kDoStages,
                        kP = kDs + 2 * Config::kDsBuffers, kDq = kP + 2 * Config::kDsBuffers,
-                       kK = kDq + 2 * Config::kConsumers, kV = kK + 2, kBounds = kV + 2 * Config::kConsumers,
-                       kWork = kBounds + 2 * kBoundsBuffers, kAsked = kWork + 2 * kWorkSlots;
+                       kK = kDq + 2 * Config::kConsumers, kV = kK + 2 * Config::kKeyPlaces,
+                       kBounds = kV + 2 * Config::kConsumers, kWork = kBounds + 2 * kBoundsBuffers,
+                       kAsked = kWork + 2 * kWorkSlots;
   static_assert(kAsked + 2 == Layout::kBarrierCount);
   uint32_t base;  // of the shared memory
 
@@ -137,8 +144,9 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier p_empty(int buffer) const { return at(kP + Config::kDsBuffers + buffer); }
   __device__ __forceinline__ Barrier dq_full(int consumer) const { return at(kDq + consumer); }
   __device__ __forceinline__ Barrier dq_empty(int consumer) const { return at(kDq + Config::kConsumers + consumer); }
-  __device__ __forceinline__ Barrier k_full() const { return at(kK); }
-  __device__ __forceinline__ Barrier k_empty() const { return at(kK + 1); }
+  // Of a place.
+  __device__ __forceinline__ Barrier k_full(int place) const { return at(kK + place); }
+  __device__ __forceinline__ Barrier k_empty(int place) const { return at(kK + Config::kKeyPlaces + place); }
   // Of the keys of one warpgroup; above 128 dims the first is of all, and the others are not used.
   __device__ __forceinline__ Barrier v_full(int consumer) const { return at(kV + consumer); }
   __device__ __forceinline__ Barrier v_empty(int consumer) const { return at(kV + Config::kConsumers + consumer); }
@@ -176,8 +184,10 @@ struct BackwardBarriers {
       v_full(consumer).init(1);
       v_empty(consumer).init_warps(kWarpgroup / 32);
     }
-    k_full().init(1);
-    k_empty().init_warps(kConsumerWarps);
+    for (int place = 0; place < Config::kKeyPlaces; ++place) {
+      k_full(place).init(1);
+      k_empty(place).init_warps(kConsumerWarps);
+    }
     for (int buffer = 0; buffer < kBoundsBuffers; ++buffer) {
       bounds_full(buffer).init_warps(1);
       bounds_empty(buffer).init_warps(Config::kWide ? kWarpgroup / 32 : kConsumerWarps);

@@ -124,7 +124,7 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
     }
   };
   constexpr int kPanelK = Layout::KTile::kPanel, kPanelQ = Layout::QTile::kPanel;
-  make(&maps->k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kColumns, kPanelK);
+  make(&maps->k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kPlaceKeys, kPanelK);
   make(&maps->v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
   if constexpr (Config::kWide) {
     make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 64, kPanelK);

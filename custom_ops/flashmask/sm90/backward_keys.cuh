@@ -11,17 +11,20 @@ namespace flashmask::sm90 {
 
 // K and V of a column tile are read by its block alone: so they may be the first to leave the L2 cache.
 
-// By one thread.
+// By one thread: so many keys of the column tile as a place has, the first of them or the second.
 template <int kHeadDim>
-__device__ __forceinline__ void load_k(const BackwardMaps& maps, const BackwardBlock& block, uint32_t shared_base) {
+__device__ __forceinline__ void load_k(const BackwardMaps& maps, const BackwardBlock& block, uint32_t shared_base,
+                                       int piece, int place) {
   using Layout = BackwardLayout<kHeadDim>;
-  using KTile = typename Layout::KTile;
-  const Barrier barrier = BackwardBarriers<kHeadDim>{shared_base}.k_full();
-  barrier.arrive_expecting(KTile::kBytes);
+  using Places = typename Layout::KeyPlaces;
+  constexpr int kKeys = Layout::Config::kPlaceKeys;
+  const Barrier barrier = BackwardBarriers<kHeadDim>{shared_base}.k_full(place);
+  barrier.arrive_expecting(kKeys * kHeadDim * 2);
 #pragma unroll
-  for (int panel = 0; panel < KTile::kPanels; ++panel) {
-    load_box(shared_base + Layout::kK + panel * KTile::kPanelBytes, maps.k, barrier.address, panel * KTile::kPanel,
-             block.column_begin, block.head_k, block.batch, kEvictFirst);
+  for (int panel = 0; panel < Places::kPanels; ++panel) {
+    load_box(shared_base + Layout::kK + panel * Places::kPanelBytes + place * kKeys * Places::kRowBytes, maps.k,
+             barrier.address, panel * Places::kPanel, block.column_begin + piece * kKeys, block.head_k, block.batch,
+             kEvictFirst);
   }
 }
 
@@ -43,13 +46,19 @@ __device__ __forceinline__ void load_v(const BackwardMaps& maps, const BackwardB
 
 template <int kHeadDim>
 __device__ __forceinline__ void prefetch_keys(const BackwardMaps& maps, const BackwardBlock& block, int seqlen_k) {
-  using KTile = typename BackwardLayout<kHeadDim>::KTile;
+  using Layout = BackwardLayout<kHeadDim>;
+  using KTile = typename Layout::KTile;
 #pragma unroll
   for (int panel = 0; panel < KTile::kPanels; ++panel) {
     const int dim = panel * KTile::kPanel, key = block.column_begin;
     prefetch_box(maps.k, dim, key, block.head_k, block.batch, kEvictFirst);
     prefetch_box(maps.v, dim, key, block.head_k, block.batch, kEvictFirst);
-    if (key + 64 < seqlen_k) prefetch_box(maps.v, dim, key + 64, block.head_k, block.batch, kEvictFirst);
+    if (key + 64 < seqlen_k) {
+      if (Layout::Config::kPlaceKeys == 64) {
+        prefetch_box(maps.k, dim, key + 64, block.head_k, block.batch, kEvictFirst);
+      }
+      prefetch_box(maps.v, dim, key + 64, block.head_k, block.batch, kEvictFirst);
+    }
   }
 }
 
@@ -87,6 +96,19 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
   const auto block = [&](uint32_t number) { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
   BackwardScheduler<kHeadDim> scheduler{p, shared_base, takes_sparse_schedule(p)};
   scheduler.take_claim();
+  using Layout = BackwardLayout<kHeadDim>;
+  constexpr int kPlaces = BackwardConfig<kHeadDim>::kKeyPlaces, kPieces = Layout::kKeyPieces;
+  // Pieces of K that have a place while the column tile before is at work.
+  constexpr int kEarlyPieces = kPlaces - kPieces;
+  Ring<kPlaces> places;
+  const auto bring_k = [&](uint32_t number, int begin, int end) {
+    for (int piece = begin; piece < end; ++piece) {
+      BackwardBarriers<kHeadDim>{shared_base}.k_empty(places.stage).wait_warp(places.parity ^ 1);
+      if (leader) load_k<kHeadDim>(maps, block(number), shared_base, piece, places.stage);
+      __syncwarp();
+      places.advance();
+    }
+  };
 
   // `number`: of the column tile at work, -1 before the first. `early`: its successor is known before it ends.
   uint32_t number = ~0u;
@@ -101,13 +123,13 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
     if (number != ~0u) {
       // The end of the column tile. V is free after the last dP^T, K when both warpgroups have their last dQ.
       const BackwardBarriers<kHeadDim> barriers{shared_base};
+      if (early) bring_k(number + 1, 0, kEarlyPieces);
       for (int consumer = 0; consumer < 2; ++consumer) {
         barriers.v_empty(consumer).wait_warp(number % 2);
         if (leader && early) load_v<kHeadDim>(maps, block(number + 1), shared_base, consumer);
       }
-      barriers.k_empty().wait_warp(number % 2);
-      if (leader && early) load_k<kHeadDim>(maps, block(number + 1), shared_base);
       __syncwarp();
+      if (early) bring_k(number + 1, kEarlyPieces, kPieces);
     }
     while (next != WorkItem::kColumnTile) {
       if (next == WorkItem::kNothing) return;
@@ -115,8 +137,8 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
     }
     ++number;
     if (!early || number == 0) {
+      bring_k(number, 0, kPieces);
       if (leader) {
-        load_k<kHeadDim>(maps, block(number), shared_base);
         load_v<kHeadDim>(maps, block(number), shared_base, 0);
         load_v<kHeadDim>(maps, block(number), shared_base, 1);
       }

@@ -34,12 +34,12 @@ struct BackwardConsumer {
   using Layout = BackwardLayout<kHeadDim>;
   using Config = typename Layout::Config;
   using KTile = typename Layout::KTile;
+  using KeyPlaces = typename Layout::KeyPlaces;
   using QTile = typename Layout::QTile;
   using DsTile = typename Layout::DsTile;
   static constexpr int kGroups = Config::kRows / 8;  // accumulator groups of S^T and dP^T
   static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
   static constexpr bool kHandsOverEarly = Config::kHandsOverEarly && !kDeterministic;
-  static_assert(kSteps % Config::kDvPiece == 0);
 
   uint32_t base;        // address of the shared memory
   int thread_in_block;  // opaque: the compiler would read it anew in every step, which takes long
@@ -51,6 +51,7 @@ struct BackwardConsumer {
   Ring<Config::kDoStages> dout;
   Ring<Config::kDsBuffers> ds, previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
   Ring<1> dq_slot;
+  Ring<Config::kKeyPlaces> keys;  // the place of the column tile's first keys
   uint32_t tile_parity = 0;
   int bounds = -1;       // which intervals of keys are in use, of all that the block gets
   int first_bounds = 0;  // those of the column tile's first mask
@@ -66,14 +67,16 @@ struct BackwardConsumer {
   __device__ __forceinline__ int first_key() const { return thread_in_block / 32 * 16 - kWarpgroup / 2; }
 
   // [64 keys, queries] = this warpgroup's rows of K or V times Q or dO, over the head dim.
-  __device__ __forceinline__ void score_product(float (&scores)[kGroups][4], int k_place, int q_place, int stage) {
-    const uint64_t a = KTile::along_columns(base + k_place, consumer * 64, 0);
+  template <typename Keys>
+  __device__ __forceinline__ void score_product(float (&scores)[kGroups][4], int k_place, int key, int q_place,
+                                                int stage) {
+    const uint64_t a = Keys::along_columns(base + k_place, key, 0);
     const uint64_t b = QTile::along_columns(base + q_place + stage * QTile::kBytes, 0, 0);
     fence_registers(scores);
     wgmma_begin();
 #pragma unroll
     for (int column = 0; column < kHeadDim; column += 16) {
-      wgmma<T, Major::kK, Major::kK>(scores, a + KTile::column_distance(column), b + QTile::column_distance(column),
+      wgmma<T, Major::kK, Major::kK>(scores, a + Keys::column_distance(column), b + QTile::column_distance(column),
                                      column > 0);
     }
     wgmma_commit();
@@ -95,16 +98,18 @@ struct BackwardConsumer {
   }
 
   // This warpgroup's half of dQ = dS K, over all keys.
-  __device__ __forceinline__ void dq_product(float (&dq)[Layout::kDqGroups][4], int buffer) {
+  __device__ __forceinline__ void dq_product(float (&dq)[Layout::kDqGroups][4], int buffer, const int (&key_rows)[2]) {
     const int row = Config::kSplitsDims ? 0 : consumer * 64;
     const int dim = Config::kSplitsDims ? consumer * (kHeadDim / 2) : 0;
     const uint64_t a = DsTile::along_rows(base + Layout::kDs + buffer * DsTile::kBytes, 0, row);
-    const uint64_t b = KTile::along_rows(base + Layout::kK, 0, dim);
+    const uint64_t b[2] = {KeyPlaces::along_rows(base + Layout::kK, key_rows[0], dim),
+                           KeyPlaces::along_rows(base + Layout::kK, key_rows[1], dim)};
     fence_registers(dq);
     wgmma_begin();
 #pragma unroll
     for (int key = 0; key < Config::kColumns; key += 16) {
-      wgmma<T, Major::kMN, Major::kMN>(dq, a + DsTile::row_distance(key), b + KTile::row_distance(key), key > 0);
+      wgmma<T, Major::kMN, Major::kMN>(dq, a + DsTile::row_distance(key),
+                                       b[key / 64] + KeyPlaces::row_distance(key % 64), key > 0);
     }
     wgmma_commit();
   }
@@ -158,7 +163,24 @@ struct BackwardConsumer {
     clear(dv);
     fence_registers(dk);  // before the wait, not after
     fence_registers(dv);
-    barriers.k_full().wait(tile_parity);
+    // Where the keys of a warpgroup are: this one's are waited for now, the other's only before dQ.
+    const auto place_of = [&](int warpgroup) {
+      if (Layout::kKeyPieces == 1) return Ring<Config::kKeyPlaces>{0, tile_parity};
+      Ring<Config::kKeyPlaces> place = keys;
+      if (warpgroup > 0) place.advance();
+      return place;
+    };
+    const auto key_row = [&](int warpgroup) {
+      return place_of(warpgroup).stage * Config::kPlaceKeys + (Layout::kKeyPieces == 1 ? warpgroup * 64 : 0);
+    };
+    const auto wait_for_keys = [&](int warpgroup) {
+      barriers.k_full(place_of(warpgroup).stage).wait(place_of(warpgroup).parity);
+    };
+    const auto wait_for_other_keys = [&] {
+      if constexpr (Layout::kKeyPieces > 1) wait_for_keys(consumer ^ 1);
+    };
+    const int key_rows[2] = {key_row(0), key_row(1)};
+    wait_for_keys(consumer);
     trace(Event::kKeysHere);
     const auto next_step = [&] {
       barriers.q_full(q.stage).wait(q.parity);
@@ -178,7 +200,7 @@ struct BackwardConsumer {
       ++count;
 
       float scores[kGroups][4], dp[kGroups][4];
-      score_product(scores, Layout::kK, Layout::kQ, q.stage);
+      score_product<KeyPlaces>(scores, Layout::kK, key_row(consumer), Layout::kQ, q.stage);
       if (!has_dq) {
         barriers.v_full(consumer).wait(tile_parity);
       } else if constexpr (kDeterministic) {
@@ -187,7 +209,7 @@ struct BackwardConsumer {
       }
       if (kHandsOverEarly && has_dq) hand_over_dq();
       barriers.do_full(dout.stage).wait(dout.parity);
-      score_product(dp, Layout::kV, Layout::kDo, dout.stage);
+      score_product<KTile>(dp, Layout::kV, consumer * 64, Layout::kDo, dout.stage);
       if (!kHandsOverEarly && has_dq) hand_over_dq();
 
       // Statistics of 16 rows come at a time, each some products or exponentials before it is needed: shared memory,
@@ -262,8 +284,9 @@ struct BackwardConsumer {
       // In the first round this multiplies whatever the shared memory holds, and the product is dropped: a branch
       // around a product would make the compiler wait for those in flight.
       float dq[Layout::kDqGroups][4];
+      if (count == 1) wait_for_other_keys();
       barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
-      dq_product(dq, previous_ds.stage);
+      dq_product(dq, previous_ds.stage, key_rows);
       // Everything that the next S^T needs is at hand when these products are done.
       const int q_stage = q.stage, ds_stage = previous_ds.stage;
       previous_ds = ds;
@@ -289,11 +312,14 @@ struct BackwardConsumer {
 
     // The last dQ; after no steps at all again a product that is dropped. dV and dK leave meanwhile, straight from
     // registers, so that V and K are free for the next column tile and nobody waits for a place.
-    if (count == 0) barriers.v_full(consumer).wait(tile_parity);
+    if (count == 0) {
+      barriers.v_full(consumer).wait(tile_parity);
+      wait_for_other_keys();
+    }
     barriers.v_empty(consumer).arrive_warp();
     float dq[Layout::kDqGroups][4];
     barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
-    dq_product(dq, previous_ds.stage);
+    dq_product(dq, previous_ds.stage, key_rows);
     if (count > 1) {
       if constexpr (kDeterministic) {
         wait_for_dq_place();
@@ -308,7 +334,7 @@ struct BackwardConsumer {
     store_gradient_rows(p.op.dv, p.op.head_dim_v, dv);
     wgmma_wait<0>();
     fence_registers(dq);
-    barriers.k_empty().arrive_warp();
+    for (int piece = 0; piece < Layout::kKeyPieces; ++piece) barriers.k_empty(place_of(piece).stage).arrive_warp();
     if (count > 0) barriers.ds_empty(previous_ds.stage).arrive_warp();
     scale_rows(dk, p.op.softmax_scale);
     store_gradient_rows(p.op.dk, p.op.head_dim, dk);
@@ -320,6 +346,9 @@ struct BackwardConsumer {
     }
     trace(Event::kColumnTileEnd);
     tile_parity ^= 1;
+    if constexpr (Layout::kKeyPieces > 1) {
+      for (int piece = 0; piece < Layout::kKeyPieces; ++piece) keys.advance();
+    }
     first_bounds = bounds + 1;
   }
 

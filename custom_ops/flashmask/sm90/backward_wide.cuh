@@ -113,7 +113,7 @@ struct WideConsumer {
     Step previous{-1, 0, 0, 0};
 
     clear(dv);
-    barriers().k_full().wait(0);
+    barriers().k_full(0).wait(0);
     Step step = next_step(q);
     while (true) {
       if (step.tile < 0) {
@@ -193,7 +193,7 @@ struct WideConsumer {
     Ring<Config::kDsBuffers> ds;
 
     clear(dk);
-    barriers().k_full().wait(0);
+    barriers().k_full(0).wait(0);
     barriers().v_full(0).wait(0);
     Step step = next_step(q);
     while (step.tile >= 0) {

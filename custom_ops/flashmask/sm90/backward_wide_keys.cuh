@@ -17,7 +17,7 @@ __device__ __forceinline__ void bring_wide_keys(const KernelParams& p, const Bac
   using KTile = typename BackwardLayout<kHeadDim>::KTile;
   const bool leader = threadIdx.x % 32 == 0;
   if (leader) {
-    load_k<kHeadDim>(maps, block, shared_base);
+    load_k<kHeadDim>(maps, block, shared_base, 0, 0);
     load_v<kHeadDim>(maps, block, shared_base, 0);
   }
   __syncwarp();

@@ -14,7 +14,7 @@ namespace flashmask::sm90 {
 
 struct BackwardMaps {
   CUtensorMap q, dout, out;  // boxes of one row tile
-  CUtensorMap k;             // boxes of one column tile
+  CUtensorMap k;             // boxes of one place
   CUtensorMap v;             // boxes of 64 keys: one warpgroup's up to 128 dims
   CUtensorMap dk, dv;        // the same; above 128 dims only
 };

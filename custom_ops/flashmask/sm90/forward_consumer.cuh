@@ -96,11 +96,20 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   const auto release_k = [&] { release(Layout::kKEmpty + used_k * 8); };
   const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
-  const auto v_full = [&] { return Barrier{shared + Layout::kVFull + v_ring.stage * 8}; };
-  const auto wait_v = [&] { v_full().wait_warp(v_ring.parity); };
-  const auto release_v = [&] {
-    release(Layout::kVEmpty + v_ring.stage * 8);
+  // The V that the weights at hand are for. While these wait for the next scores, so many tiles that are not seen can
+  // be skipped: their V takes a place, too.
+  constexpr int kSkips = Config::kTakesTurns ? 0 : Config::kStages - 1;
+  Ring<Config::kStages> held;
+  auto& held_v = kSkips > 0 ? held : v_ring;
+  const auto hold_v = [&] {
+    if (kSkips == 0) return;
+    held = v_ring;
     v_ring.advance();
+  };
+  const auto v_full = [&](const auto& ring) { return Barrier{shared + Layout::kVFull + ring.stage * 8}; };
+  const auto release_held_v = [&] {
+    release(Layout::kVEmpty + held_v.stage * 8);
+    if (kSkips == 0) v_ring.advance();
   };
   // Element masks are made for the rows of all warpgroups if any of them needs them.
   const auto take_mask = [&](bool apply) {
@@ -137,7 +146,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_commit();
   };
   const auto issue_output = [&] {
-    const uint64_t v = with_high(KTile::along_rows(shared + Layout::kV + v_ring.stage * KTile::kBytes, 0, 0), high_k);
+    const uint64_t v = with_high(KTile::along_rows(shared + Layout::kV + held_v.stage * KTile::kBytes, 0, 0), high_k);
     fence_registers(weights);
     fence_registers(output);
     wgmma_begin();
@@ -225,9 +234,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     constexpr bool kEnds = decltype(is_end)::value;
     turn.wait();
     trace(Event::kTurn);
-    const bool v_here = v_full().test(v_ring.parity);
+    const bool v_here = v_full(held_v).test(held_v.parity);
     issue_scores();
-    if (!v_here) v_full().wait(v_ring.parity);
+    if (!v_here) v_full(held_v).wait(held_v.parity);
     issue_output();
     turn.pass();
     look_at_next();
@@ -246,7 +255,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       trace(Event::kOutputHere);
       fence_registers(output);
       fence_registers(weights);
-      release_v();
+      release_held_v();
+      hold_v();
     };
     const bool large = scores_to_weights(is_end, [&] {
       if constexpr (kRoundsEarly) take_output();
@@ -262,26 +272,34 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     return large;
   };
 
+  // A tile that these rows do not see.
+  const auto skip_tile = [&] {
+    turn.wait();
+    turn.pass();
+    leave_k();
+    take_mask(false);
+    release_k();
+    if (!open && !Config::kOutputInQuery) release_q();
+    v_full(v_ring).wait_warp(v_ring.parity);
+    release(Layout::kVEmpty + v_ring.stage * 8);
+    v_ring.advance();
+  };
+
   look_ahead();
+  bool begun = false;  // whether K is at the next row tile's already
   while (next.row_tile >= 0) {
     work = next;
     clear(output);
     softmax = OnlineSoftmax();
-    open = work.has_tiles != 0;
+    if (!begun) open = work.has_tiles != 0;
+    begun = false;
     has_next = false;
     if (open || Config::kOutputInQuery) wait_q();
     while (open) {
       // Nothing is in flight here.
       wait_k();
       if (!is_seen()) {
-        turn.wait();
-        turn.pass();
-        leave_k();
-        take_mask(false);
-        release_k();
-        if (!open && !Config::kOutputInQuery) release_q();
-        wait_v();
-        release_v();
+        skip_tile();
         continue;
       }
       turn.wait();
@@ -294,29 +312,51 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       const bool first_large = scores_to_weights(std::false_type{}, [] {});
       trace(Event::kWeightsMade);
       pack_weights();
+      hold_v();
       if (first_large) move_references();
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
-      // between them. The chain breaks at a tile that these rows do not see, and at the end of a row tile whose output
-      // goes through the place of Q.
+      // between them.
+      int skips = kSkips;
       while (true) {
         bool large = false;
-        while (open && is_seen() && !large) large = pass(std::false_type{});
+        while (!begun && open && is_seen() && !large) {
+          large = pass(std::false_type{});
+          skips = kSkips;
+        }
         if (large) {
           move_references();
           continue;
         }
-        if (open) break;
-        if (!Config::kLooksAhead) look_ahead();
-        if (!follows || !is_seen()) break;
+        if constexpr (kSkips == 0) {
+          if (open) break;
+          if (!Config::kLooksAhead) look_ahead();
+          if (!follows || !is_seen()) break;
+        } else {
+          if (!open && !begun) {
+            if (!has_next) look_ahead();
+            if (!follows) break;
+            begun = open = true;
+          }
+          if (open && !is_seen() && skips > 0) {
+            --skips;
+            skip_tile();
+            if (open) wait_k();
+            continue;
+          }
+          if (!open || !is_seen()) break;
+          begun = false;
+        }
         pass(std::true_type{});
+        skips = kSkips;
       }
-      wait_v();
+      v_full(held_v).wait_warp(held_v.parity);
       issue_output();
       wgmma_wait<0>();
       trace(Event::kOutputHere);
       fence_registers(output);
-      release_v();
+      release_held_v();
+      if (begun) break;
     }
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
     trace(Event::kOutputWritten);
