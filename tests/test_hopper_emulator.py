@@ -246,6 +246,7 @@ USED_BARRIERS = [
     ("unmasked", 96, range(36)),
     ("unmasked", 128, sorted({*range(32)} - {14, 15})),
     ("backward", 128, sorted({*range(38)} - {12, 13, 16, 17})),
+    ("backward", 64, range(26, 32)),  # K in three places: the rest is as at 128
     ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 24, 26, 27]),
 ]
 
