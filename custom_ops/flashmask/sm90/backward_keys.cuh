@@ -11,7 +11,7 @@ namespace flashmask::sm90 {
 
 // K and V of a column tile are read by its block alone: so they may be the first to leave the L2 cache.
 
-// By one thread: so many keys of the column tile as a place has, the first of them or the second.
+// By one thread: piece `piece` of a column tile's K, to place `place`.
 template <int kHeadDim>
 __device__ __forceinline__ void load_k(const BackwardMaps& maps, const BackwardBlock& block, uint32_t shared_base,
                                        int piece, int place) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void prefetch_keys(const BackwardMaps& maps, const Ba
     prefetch_box(maps.k, dim, key, block.head_k, block.batch, kEvictFirst);
     prefetch_box(maps.v, dim, key, block.head_k, block.batch, kEvictFirst);
     if (key + 64 < seqlen_k) {
-      if (Layout::Config::kPlaceKeys == 64) {
+      if constexpr (Layout::Config::kPlaceKeys == 64) {
         prefetch_box(maps.k, dim, key + 64, block.head_k, block.batch, kEvictFirst);
       }
       prefetch_box(maps.v, dim, key + 64, block.head_k, block.batch, kEvictFirst);
@@ -87,8 +87,8 @@ __device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t sha
 }
 
 // One warp: K, V and intervals for all column tiles of a persistent block. It has time in between, and finds out what
-// the block does next. As soon as the next column tile is known, its keys go to the L2 cache and the intervals of its
-// first mask to shared memory.
+// the block does next. As soon as the next column tile is known, its keys go to the L2 cache, and the intervals of its
+// first mask to shared memory, as does so much of K as there is a place for.
 template <int kHeadDim>
 __device__ __forceinline__ void bring_keys(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
   const bool leader = threadIdx.x % 32 == 0;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
   scheduler.take_claim();
   using Layout = BackwardLayout<kHeadDim>;
   constexpr int kPlaces = BackwardConfig<kHeadDim>::kKeyPlaces, kPieces = Layout::kKeyPieces;
-  // Pieces of K that have a place while the column tile before is at work.
+  // Pieces of K that have a place while the column tile before is at work: one that is free since that began.
   constexpr int kEarlyPieces = kPlaces - kPieces;
   Ring<kPlaces> places;
   const auto bring_k = [&](uint32_t number, int begin, int end) {
@@ -121,9 +121,9 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
       bring_bounds<kHeadDim>(p, shared_base, &bounds, block(number + 1), 0, 1);
     }
     if (number != ~0u) {
-      // The end of the column tile. V is free after the last dP^T, K when both warpgroups have their last dQ.
       const BackwardBarriers<kHeadDim> barriers{shared_base};
       if (early) bring_k(number + 1, 0, kEarlyPieces);
+      // The end of the column tile. V is free after the last dP^T, K when both warpgroups have their last dQ.
       for (int consumer = 0; consumer < 2; ++consumer) {
         barriers.v_empty(consumer).wait_warp(number % 2);
         if (leader && early) load_v<kHeadDim>(maps, block(number + 1), shared_base, consumer);

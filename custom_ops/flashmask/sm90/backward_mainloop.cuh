@@ -40,6 +40,7 @@ struct BackwardConsumer {
   static constexpr int kGroups = Config::kRows / 8;  // accumulator groups of S^T and dP^T
   static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
   static constexpr bool kHandsOverEarly = Config::kHandsOverEarly && !kDeterministic;
+  static_assert(kSteps % Config::kDvPiece == 0);
 
   uint32_t base;        // address of the shared memory
   int thread_in_block;  // opaque: the compiler would read it anew in every step, which takes long
@@ -51,7 +52,7 @@ struct BackwardConsumer {
   Ring<Config::kDoStages> dout;
   Ring<Config::kDsBuffers> ds, previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
   Ring<1> dq_slot;
-  Ring<Config::kKeyPlaces> keys;  // the place of the column tile's first keys
+  Ring<Config::kKeyPlaces> keys;  // place of the column tile's first keys; not used where they all have one place
   uint32_t tile_parity = 0;
   int bounds = -1;       // which intervals of keys are in use, of all that the block gets
   int first_bounds = 0;  // those of the column tile's first mask
@@ -163,7 +164,7 @@ struct BackwardConsumer {
     clear(dv);
     fence_registers(dk);  // before the wait, not after
     fence_registers(dv);
-    // Where the keys of a warpgroup are: this one's are waited for now, the other's only before dQ.
+    // Where the keys of a warpgroup are. If each has a place, the other's are waited for only before dQ.
     const auto place_of = [&](int warpgroup) {
       if (Layout::kKeyPieces == 1) return Ring<Config::kKeyPlaces>{0, tile_parity};
       Ring<Config::kKeyPlaces> place = keys;

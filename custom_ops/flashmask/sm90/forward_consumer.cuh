@@ -63,7 +63,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int tile = 0;          // of these
   uint32_t weighed = 0;  // tile_word of the tile whose scores are at work
   uint32_t flags = 0;    // that of the tile that K holds next
-  bool open;             // whether that belongs to the row tile at work
+  bool open;             // whether that belongs to the row tile at work, or once `begun` to the next one
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work{}, next;
   bool has_next = false, follows = false;
@@ -97,14 +97,16 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto release_k = [&] { release(Layout::kKEmpty + used_k * 8); };
   const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
   // The V that the weights at hand are for. While these wait for the next scores, so many tiles that are not seen can
-  // be skipped: their V takes a place, too.
+  // be skipped, no more: V of a further one would need the place of the V that is held, and be waited for for ever.
   constexpr int kSkips = Config::kTakesTurns ? 0 : Config::kStages - 1;
   Ring<Config::kStages> held;
   auto& held_v = kSkips > 0 ? held : v_ring;
+  int skips = 0;  // that are left
   const auto hold_v = [&] {
     if (kSkips == 0) return;
     held = v_ring;
     v_ring.advance();
+    skips = kSkips;
   };
   const auto v_full = [&](const auto& ring) { return Barrier{shared + Layout::kVFull + ring.stage * 8}; };
   const auto release_held_v = [&] {
@@ -286,7 +288,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
 
   look_ahead();
-  bool begun = false;  // whether K is at the next row tile's already
+  // Whether tiles of the next row tile were looked at, and perhaps skipped, while weights of this one wait.
+  bool begun = false;
   while (next.row_tile >= 0) {
     work = next;
     clear(output);
@@ -316,14 +319,11 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (first_large) move_references();
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
-      // between them.
-      int skips = kSkips;
+      // between them. The chain breaks at a tile that these rows do not see (without turns: only where kSkips of them
+      // were skipped before), and at the end of a row tile whose output goes through the place of Q.
       while (true) {
         bool large = false;
-        while (!begun && open && is_seen() && !large) {
-          large = pass(std::false_type{});
-          skips = kSkips;
-        }
+        while (!begun && open && is_seen() && !large) large = pass(std::false_type{});
         if (large) {
           move_references();
           continue;
@@ -333,22 +333,22 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
           if (!Config::kLooksAhead) look_ahead();
           if (!follows || !is_seen()) break;
         } else {
-          if (!open && !begun) {
-            if (!has_next) look_ahead();
+          if (!open) {
+            if (begun) break;  // these rows see nothing of the next row tile
+            look_ahead();
             if (!follows) break;
             begun = open = true;
           }
-          if (open && !is_seen() && skips > 0) {
+          if (!is_seen()) {
+            if (skips == 0) break;
             --skips;
             skip_tile();
             if (open) wait_k();
             continue;
           }
-          if (!open || !is_seen()) break;
           begun = false;
         }
         pass(std::true_type{});
-        skips = kSkips;
       }
       v_full(held_v).wait_warp(held_v.parity);
       issue_output();
@@ -356,7 +356,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       trace(Event::kOutputHere);
       fence_registers(output);
       release_held_v();
-      if (begun) break;
+      if (begun) break;  // what is open belongs to the next row tile
     }
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
     trace(Event::kOutputWritten);
