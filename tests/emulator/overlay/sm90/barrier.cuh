@@ -18,11 +18,6 @@ struct Barrier {
     emulator::sync_warp("Barrier::arrive_warp");
     if (emulator::lane() == 0) arrive();
   }
-  void arrive_for_warps(int warps) const {
-    emulator::vouch(address);
-    emulator::sync_warp("Barrier::arrive_for_warps");
-    for (int warp = 0; warp < warps && emulator::lane() == 0; ++warp) arrive();
-  }
   void arrive_expecting(int bytes) const { emulator::arrive(address, bytes); }
   bool test(uint32_t parity) const { return emulator::test_barrier(address, parity); }
   void wait(uint32_t parity) const { emulator::wait_barrier(address, parity); }
