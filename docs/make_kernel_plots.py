@@ -1,6 +1,6 @@
 """Draw the figures of benchmarks/kernels.py: rates by mask for every length and head dim, and a summary of ratios.
 
-python docs/make_kernel_plots.py benchmarks/results/h100-kernels-64-128.json --overwrite
+python docs/make_kernel_plots.py benchmarks/results/h200-flex-64-128.json --overwrite
 
 Bars count every 128x128 tile that is not fully masked as full (the paper's way), forward and backward together. What
 benchmarks/summary.py makes of the file is printed at the end.
