@@ -55,6 +55,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto release = [&](int barrier) { Barrier{shared + barrier}.arrive_warp(); };
 
   float output[kHeadDim / 8][4];
+  int has_output = 0;  // whether anything was added to the output of the row tile at work: else it may hold what it likes
   float scores[kScoreGroups][4];
   uint32_t weights[kSteps][4];
   // Where nothing masks, a row tile has this many column tiles, and the last so many keys.
@@ -63,14 +64,16 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int tile = 0;          // of these
   uint32_t weighed = 0;  // tile_word of the tile whose scores are at work
   uint32_t flags = 0;    // that of the tile that K holds next
-  bool open;             // whether that belongs to the row tile at work, or once `begun` to the next one
+  uint32_t ended = 0;    // zero if that belongs to the row tile at work, or once `begun` to the next one
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work{}, next;
   bool has_next = false, follows = false;
   OnlineSoftmax softmax;
 
   int used_k = 0;        // place of the K that the scores at work come from
-  bool special = false;  // whether those need more than most do
+  // Bits of tile words: a tile that has one of these needs more than most do. All of them while every tile does.
+  constexpr uint32_t kSpecial = kTileLast | (Config::kMasks ? kTileAnyPartial : 0);
+  uint32_t special_bits = ~0u, special = 0;  // the latter: what of these the scores at work have
   const auto wait_k = [&] {
     Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
     if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileWords + k_ring.stage * 4));
@@ -84,15 +87,15 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     q_ring.advance();
   };
   const auto leave_k = [&] {
-    weighed = flags;
     used_k = k_ring.stage;
     k_ring.advance();
     if (Config::kMasks) {
-      open = !(weighed & kTileLast);
+      weighed = flags;
     } else {
-      open = ++tile < tiles;
-      if (!open) tile = 0;
+      if (++tile == tiles) tile = 0;
+      weighed = tile == 0 ? kTileLast | 1 : 1;
     }
+    ended = weighed & kTileLast;
   };
   const auto release_k = [&] { release(Layout::kKEmpty + used_k * 8); };
   const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
@@ -102,6 +105,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   Ring<Config::kStages> held;
   auto& held_v = kSkips > 0 ? held : v_ring;
   int skips = 0;  // that are left
+  int owed = 0;   // V of tiles skipped since, which are still to be waited for and freed
   const auto hold_v = [&] {
     if (kSkips == 0) return;
     held = v_ring;
@@ -116,7 +120,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // Element masks are made for the rows of all warpgroups if any of them needs them.
   const auto take_mask = [&](bool apply) {
     if constexpr (!Config::kMasks) {
-      if (!open && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
+      if (ended != 0 && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
       return;
     }
     if (!(weighed & kTileAnyPartial)) return;
@@ -130,14 +134,15 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // High words of the descriptors of Q and of K and V. Constants would be written again before every product: so an
   // instruction less for most of them.
   const uint32_t high_q = hidden<0>(QTile::kHighWord), high_k = hidden<1>(KTile::kHighWord);
-  const auto with_high = [](uint64_t descriptor, uint32_t high) {
-    return descriptor_of(static_cast<uint32_t>(descriptor), high);
-  };
+  const uint32_t nothing = Config::kMasks ? 0 : hidden<0>(0);
+  // Low words for the first places; no place is so far away that an addition would reach their other bits.
+  const auto low_word = [](uint64_t descriptor) { return static_cast<uint32_t>(descriptor); };
+  const uint32_t low_q = low_word(QTile::along_columns(shared + Layout::kQ, warpgroup * 64, 0));
+  const uint32_t low_k = low_word(KTile::along_columns(shared + Layout::kK, 0, 0));
+  const uint32_t low_v = low_word(KTile::along_rows(shared + Layout::kV, 0, 0));
   const auto issue_scores = [&] {
-    const uint64_t q =
-        with_high(QTile::along_columns(shared + Layout::kQ + q_ring.stage * QTile::kBytes, warpgroup * 64, 0), high_q);
-    const uint64_t k =
-        with_high(KTile::along_columns(shared + Layout::kK + k_ring.stage * KTile::kBytes, 0, 0), high_k);
+    const uint64_t q = descriptor_of(low_q + q_ring.stage * (QTile::kBytes / 16), high_q ^ nothing);
+    const uint64_t k = descriptor_of(low_k + k_ring.stage * (KTile::kBytes / 16), high_k ^ nothing);
     fence_registers(scores);
     wgmma_begin();
 #pragma unroll
@@ -148,19 +153,21 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_commit();
   };
   const auto issue_output = [&] {
-    const uint64_t v = with_high(KTile::along_rows(shared + Layout::kV + held_v.stage * KTile::kBytes, 0, 0), high_k);
+    const uint64_t v = descriptor_of(low_v + held_v.stage * (KTile::kBytes / 16), high_k);
     fence_registers(weights);
     fence_registers(output);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, Major::kMN>(output, weights[step], KTile::moved(v, KTile::row_distance(step * 16)), 1);
+      wgmma<T, Major::kMN>(output, weights[step], KTile::moved(v, KTile::row_distance(step * 16)),
+                           step > 0 ? 1 : has_output);
     }
+    has_output = 1;
     wgmma_commit();
   };
   // Element i of group n of the scores at work, from memory (softmax.cuh says when).
   const auto score_again = [&](int n, int i) {
-    const int column_tile = Config::kMasks ? tile_number(weighed) : (open ? tile : tiles) - 1;
+    const int column_tile = Config::kMasks ? tile_number(weighed) : (tile != 0 ? tile : tiles) - 1;
     const int row = work.row_tile * Config::kRows + warp * 16 + lane / 4 + i / 2 * 8;
     const int column = column_tile * Config::kColumns + n * 8 + lane % 4 * 2 + i % 2;
     const int head_k = work.head / (p.op.heads_q / p.op.heads_k);
@@ -188,9 +195,16 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // While scores are computed: what comes next, and what these will need.
   const auto look_at_next = [&] {
     leave_k();
-    special =
-        !open || p.negative_scale || softmax.lacks_reference || (Config::kMasks && (weighed & kTileAnyPartial) != 0);
-    if (Config::kWaitsForKeysEarly && open) wait_k();
+    special = weighed & special_bits;
+    if (Config::kWaitsForKeysEarly && ended == 0) wait_k();
+  };
+  const auto settle_v = [&] {
+    while (owed > 0) {
+      v_full(v_ring).wait_warp(v_ring.parity);
+      release(Layout::kVEmpty + v_ring.stage * 8);
+      v_ring.advance();
+      --owed;
+    }
   };
   // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials
   // (weigh of softmax.cuh); then the next K where that was not waited for before, and the next row tile where there are
@@ -200,8 +214,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     fence_registers(scores);
     release_k();
     // All that most tiles do not need, behind one jump: each costs as much as twenty instructions.
-    if (kFirst || special) {
-      if (!open && !Config::kOutputInQuery) release_q();
+    if (kFirst || special != 0) {
+      if (ended != 0 && !Config::kOutputInQuery) release_q();
       if (p.negative_scale) {
         // References are largest scores, so it is their sign that changes.
 #pragma unroll
@@ -212,11 +226,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       }
       take_mask(is_partial());
       if (kFirst || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
+      if (kSkips > 0) settle_v();
+      special_bits = p.negative_scale || softmax.lacks_reference ? ~0u : kSpecial;
     }
     const bool large = softmax.weigh(scores, p.scale_log2, halfway);
     fence_registers(scores);  // the exponentials belong here, while P V runs
-    if (!Config::kWaitsForKeysEarly && open) wait_k();
-    if (Config::kLooksAhead && !open) look_ahead();
+    if (!Config::kWaitsForKeysEarly && ended == 0) wait_k();
+    if (Config::kLooksAhead && ended != 0) look_ahead();
     return !kFirst && large;  // of a first tile, no weight is above one
   };
   const auto pack_weights = [&] {
@@ -245,7 +261,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_wait<1>();
     trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
-    const RowTile ended = work;
+    const RowTile done = work;
     if (kEnds) {
       softmax = OnlineSoftmax();
       work = next;
@@ -266,25 +282,25 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     trace(Event::kWeightsMade);
     if constexpr (!kRoundsEarly) take_output();
     if (kEnds) {
-      write_output<T, Layout>(p, maps.out, shared, ended, output, finished, warpgroup, thread);
+      write_output<T, Layout>(p, maps.out, shared, done, output, finished, warpgroup, thread);
       trace(Event::kOutputWritten);
-      clear(output);
+      has_output = 0;
     }
     pack_weights();
     return large;
   };
 
-  // A tile that these rows do not see.
-  const auto skip_tile = [&] {
+  // A tile that these rows do not see; its V is waited for here, or owed.
+  const auto skip_tile = [&](bool owes) {
     turn.wait();
     turn.pass();
     leave_k();
     take_mask(false);
     release_k();
-    if (!open && !Config::kOutputInQuery) release_q();
-    v_full(v_ring).wait_warp(v_ring.parity);
-    release(Layout::kVEmpty + v_ring.stage * 8);
-    v_ring.advance();
+    if (ended != 0 && !Config::kOutputInQuery) release_q();
+    ++owed;
+    if (!owes) settle_v();
+    special_bits = ~0u;  // until that is settled
   };
 
   look_ahead();
@@ -292,17 +308,18 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   bool begun = false;
   while (next.row_tile >= 0) {
     work = next;
-    clear(output);
+    has_output = 0;
     softmax = OnlineSoftmax();
-    if (!begun) open = work.has_tiles != 0;
+    special_bits = ~0u;
+    if (!begun) ended = work.has_tiles == 0;
     begun = false;
     has_next = false;
-    if (open || Config::kOutputInQuery) wait_q();
-    while (open) {
+    if (ended == 0 || Config::kOutputInQuery) wait_q();
+    while (ended == 0) {
       // Nothing is in flight here.
       wait_k();
       if (!is_seen()) {
-        skip_tile();
+        skip_tile(false);
         continue;
       }
       turn.wait();
@@ -323,27 +340,32 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       // were skipped before), and at the end of a row tile whose output goes through the place of Q.
       while (true) {
         bool large = false;
-        while (!begun && open && is_seen() && !large) large = pass(std::false_type{});
+        if (!begun && ended == 0 && is_seen()) {
+          do {
+            large = pass(std::false_type{});
+          } while (!large & (ended == 0) & is_seen());
+        }
         if (large) {
           move_references();
           continue;
         }
         if constexpr (kSkips == 0) {
-          if (open) break;
+          if (ended == 0) break;
           if (!Config::kLooksAhead) look_ahead();
           if (!follows || !is_seen()) break;
         } else {
-          if (!open) {
+          if (ended != 0) {
             if (begun) break;  // these rows see nothing of the next row tile
             look_ahead();
             if (!follows) break;
-            begun = open = true;
+            begun = true;
+            ended = 0;
           }
           if (!is_seen()) {
             if (skips == 0) break;
             --skips;
-            skip_tile();
-            if (open) wait_k();
+            skip_tile(true);
+            if (ended == 0) wait_k();
             continue;
           }
           begun = false;
@@ -356,8 +378,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       trace(Event::kOutputHere);
       fence_registers(output);
       release_held_v();
-      if (begun) break;  // what is open belongs to the next row tile
+      if (kSkips > 0) settle_v();
+      if (begun) break;  // what is ended == 0 belongs to the next row tile
     }
+    if (has_output == 0) clear(output);
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
     trace(Event::kOutputWritten);
     if (Config::kOutputInQuery) release_q();

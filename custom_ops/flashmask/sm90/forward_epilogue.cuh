@@ -25,21 +25,25 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const CUtens
   const int lane = thread % 32;
   const int row = warpgroup * 64 + thread / 32 * 16;  // of this warp, in the tile
   const int row_begin = work.row_tile * Config::kRows;
-  const int64_t batch_head = static_cast<int64_t>(work.batch) * p.op.heads_q + work.head;
+  const int64_t first_lse = (static_cast<int64_t>(work.batch) * p.op.heads_q + work.head) * p.op.seqlen_q;
 
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = softmax.total(r);
     // Compared with zero, not for being above it: a NaN must reach the output, or a diverged model goes unnoticed.
-    inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    inverse[r] = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
     const int query = row_begin + row + r * 8 + lane / 4;
     if (p.op.lse != nullptr && lane % 4 == 0 && query < p.op.seqlen_q) {
-      p.op.lse[batch_head * p.op.seqlen_q + query] =
-          sum == 0.0f ? -CUDART_INF_F : (softmax.reference[r] + __log2f(sum)) * CUDART_LN2_F;
+      p.op.lse[first_lse + query] =
+          sum == 0.0f ? -CUDART_INF_F : (softmax.reference[r] + log2_fast(sum)) * CUDART_LN2_F;
     }
   }
-  rescale(output, inverse);
+#pragma unroll
+  for (int n = 0; n < Layout::kHeadDim / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) output[n][i] = output[n][i] * inverse[i / 2] + 0.0f;  // no zero is negative
+  }
 
   if constexpr (Config::kOutputBy == OutputBy::kRegisters) {
     store_rows<T>(p.op.out, work.batch, work.head, row_begin + row, p.op.seqlen_q, p.op.head_dim_v, output, lane);

@@ -55,6 +55,8 @@ inline float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // as the device does with what is not normal
 }
+inline float log2_fast(float x) { return log2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline uint32_t opaque(uint32_t value) { return value; }
 inline uint32_t select_bits(uint32_t mask, uint32_t one, uint32_t other) { return (mask & one) | (~mask & other); }
 inline uint32_t shift_left(uint32_t value, uint32_t amount) { return amount >= 32 ? 0 : value << amount; }
