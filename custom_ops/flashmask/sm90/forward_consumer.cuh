@@ -55,7 +55,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto release = [&](int barrier) { Barrier{shared + barrier}.arrive_warp(); };
 
   float output[kHeadDim / 8][4];
-  int has_output = 0;  // whether anything was added to the output of the row tile at work: else it may hold what it likes
+  int has_output =
+      0;  // whether anything was added to the output of the row tile at work: else it may hold what it likes
   float scores[kScoreGroups][4];
   uint32_t weights[kSteps][4];
   // Where nothing masks, a row tile has this many column tiles, and the last so many keys.
@@ -70,7 +71,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   bool has_next = false, follows = false;
   OnlineSoftmax softmax;
 
-  int used_k = 0;        // place of the K that the scores at work come from
+  int used_k = 0;  // place of the K that the scores at work come from
   // Bits of tile words: a tile that has one of these needs more than most do. All of them while every tile does.
   constexpr uint32_t kSpecial = kTileLast | (Config::kMasks ? kTileAnyPartial : 0);
   uint32_t special_bits = ~0u, special = 0;  // the latter: what of these the scores at work have
@@ -140,6 +141,12 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const uint32_t low_q = low_word(QTile::along_columns(shared + Layout::kQ, warpgroup * 64, 0));
   const uint32_t low_k = low_word(KTile::along_columns(shared + Layout::kK, 0, 0));
   const uint32_t low_v = low_word(KTile::along_rows(shared + Layout::kV, 0, 0));
+  // One uniform instruction for an addition to both words or to the low one; but then the assembler may write the high
+  // word again, too. Which is shorter is to be seen in the machine code.
+  constexpr bool kAddsToBothWords = Config::kMasks && kHeadDim > 64 && kHeadDim < 256;
+  const auto moved = [](uint64_t descriptor, uint64_t distance) {
+    return kAddsToBothWords ? descriptor + distance : KTile::moved(descriptor, distance);
+  };
   const auto issue_scores = [&] {
     const uint64_t q = descriptor_of(low_q + q_ring.stage * (QTile::kBytes / 16), high_q ^ nothing);
     const uint64_t k = descriptor_of(low_k + k_ring.stage * (KTile::kBytes / 16), high_k ^ nothing);
@@ -147,8 +154,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_begin();
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) {
-      wgmma<T, Major::kK, Major::kK>(scores, QTile::moved(q, QTile::column_distance(d)),
-                                     KTile::moved(k, KTile::column_distance(d)), d > 0);
+      wgmma<T, Major::kK, Major::kK>(scores, moved(q, QTile::column_distance(d)), moved(k, KTile::column_distance(d)),
+                                     d > 0);
     }
     wgmma_commit();
   };
@@ -159,8 +166,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, Major::kMN>(output, weights[step], KTile::moved(v, KTile::row_distance(step * 16)),
-                           step > 0 ? 1 : has_output);
+      wgmma<T, Major::kMN>(output, weights[step], moved(v, KTile::row_distance(step * 16)), step > 0 ? 1 : has_output);
     }
     has_output = 1;
     wgmma_commit();
