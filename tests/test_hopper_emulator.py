@@ -241,7 +241,7 @@ def direction_of(kernel: str) -> str:
 # step before. "unmasked" is the forward kernel for calls in which nothing masks: where it has one place for Q, the wait
 # for a free place to describe the next row tile follows from the wait for that of Q.
 USED_BARRIERS = [
-    ("forward", 64, range(48)),
+    ("forward", 64, range(52)),
     ("forward", 128, range(38)),
     ("unmasked", 96, range(36)),
     ("unmasked", 128, sorted({*range(32)} - {14, 15})),
@@ -323,6 +323,7 @@ def test_rows_are_waited_for(head_dim: int, count: int, libraries: Libraries) ->
         *(("backward", 256, (emulated.NAMED_BARRIER, barrier)) for barrier in (0, 1, 2, 3)),
         *((direction, 128, (emulated.PROXY_FENCE, 0)) for direction in ("forward", "backward")),
         *((direction, 128, (emulated.STORE_WAIT, 0)) for direction in ("forward", "backward")),
+        ("backward", 64, (emulated.STORE_WAIT, 128)),  # of consumers: dV and dK have left the buffer of dS^T
         *((direction, 128, (emulated.WGMMA_WAIT, 0)) for direction in ("forward", "backward")),
         *((direction, 128, (emulated.WGMMA_BEGIN, 0)) for direction in ("forward", "backward")),
         *(("unmasked", 128, (fault, 0)) for fault in (emulated.WGMMA_WAIT, emulated.WGMMA_BEGIN)),

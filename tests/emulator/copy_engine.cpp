@@ -171,7 +171,7 @@ void commit_stores() {
 }
 
 void wait_stores(int pending, bool written) {
-  if (options.fault == Fault::kStoreWait) return;
+  if (options.fault == Fault::kStoreWait && current->index >= options.fault_index) return;
   auto& groups = current->store_groups;
   while (!groups.empty() && groups.front()->is_written) groups.pop_front();
   for (int i = 0; i + pending < static_cast<int>(groups.size()); ++i) written ? groups[i]->write() : groups[i]->read();

@@ -20,7 +20,7 @@ enum class Fault : int {
   kBarrierWait = 1,   // waits for this mbarrier (in the order of init) return at once
   kNamedBarrier = 2,  // the same for this named barrier
   kProxyFence = 3,    // fence_async_proxy does nothing
-  kStoreWait = 4,     // neither do wait_stores_read and wait_stores
+  kStoreWait = 4,     // neither do wait_stores_read and wait_stores, for threads from this one on
   kWgmmaWait = 5,     // wgmma_wait leaves one group more unfinished
   kWgmmaBegin = 6,    // wgmma_begin does nothing
   kArrival = 7,       // arrivals at this mbarrier get lost

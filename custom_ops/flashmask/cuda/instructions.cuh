@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace flashmask {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -113,6 +115,23 @@ __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t one, uin
   uint32_t selected;
   asm("lop3.b32 %0, %1, %2, %3, 0xCA;\n" : "=r"(selected) : "r"(mask), "r"(one), "r"(other));
   return selected;
+}
+
+// c[16x8] += a[16x8] * b[8x8]. With g = lane / 4 and t = lane % 4, a is (row g, columns 2t, 2t + 1) and the same of row
+// g + 8, b (rows 2t, 2t + 1, column g), c as a with other columns: two values a row.
+template <typename T>
+__device__ __forceinline__ void mma_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  }
 }
 
 }  // namespace flashmask

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     }
   } else {
     grow_registers<240>();
-    BackwardConsumer<T, kHeadDim, kDeterministic>(base).run(p);
+    BackwardConsumer<T, kHeadDim, kDeterministic>(base).run(p, maps);
   }
 }
 
@@ -126,9 +126,10 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
   constexpr int kPanelK = Layout::KTile::kPanel, kPanelQ = Layout::QTile::kPanel;
   make(&maps->k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kPlaceKeys, kPanelK);
   make(&maps->v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
-  if constexpr (Config::kWide) {
-    make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 64, kPanelK);
-    make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
+  if constexpr (Config::kWide || Layout::kGradientsByDs) {
+    constexpr int kKeys = Config::kWide ? 64 : 16;
+    make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, kKeys, kPanelK);
+    make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, kKeys, kPanelK);
   }
   if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
     maps->q = maps->dout = maps->out = maps->k;

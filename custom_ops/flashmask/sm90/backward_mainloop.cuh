@@ -25,6 +25,7 @@
 #include "backward_row_items.cuh"
 #include "store_matrix.cuh"
 #include "store_rows.cuh"
+#include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace flashmask::sm90 {
@@ -132,6 +133,13 @@ struct BackwardConsumer {
     barriers.dq_full(consumer).arrive_warp();
   }
 
+  // Until dV and dK of this warp's keys have left for memory, if they went by way of dS^T's buffer.
+  __device__ __forceinline__ void wait_gradients_read() {
+    if (!Layout::kGradientsByDs) return;
+    if (lane() == 0) wait_stores_read<0>();
+    __syncwarp();
+  }
+
   // Frees the intervals that came before.
   __device__ __forceinline__ void move_to_bounds(int wanted) {
     while (bounds != wanted) {
@@ -145,7 +153,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ void end_turn() { named_barrier_arrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup); }
 
   // A column tile, whose first step has come.
-  __device__ __forceinline__ void run_tile(const KernelParams& p) {
+  __device__ __forceinline__ void run_tile(const KernelParams& p, const BackwardMaps& maps) {
     const float masked_score = p.negative_scale ? CUDART_INF_F : -CUDART_INF_F;
     const uint32_t ds_corner = matrix_corner<DsTile>(base + Layout::kDs, first_key(), lane());
     const uint32_t dq_place = base + Layout::kDq + consumer * Layout::kDqPartFloats * 4 + thread() * 16;
@@ -255,6 +263,7 @@ struct BackwardConsumer {
         for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
       }
       barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
+      if (count == 1) wait_gradients_read();
       wgmma_wait<1>();
       fence_registers(dp);
       uint32_t rounded_ds[kSteps][4];
@@ -312,10 +321,12 @@ struct BackwardConsumer {
     q.advance();
 
     // The last dQ; after no steps at all again a product that is dropped. dV and dK leave meanwhile, straight from
-    // registers, so that V and K are free for the next column tile and nobody waits for a place.
+    // registers or by a free buffer of dS^T, so that V and K are free for the next column tile and nobody waits for a
+    // place.
     if (count == 0) {
       barriers.v_full(consumer).wait(tile_parity);
       wait_for_other_keys();
+      wait_gradients_read();
     }
     barriers.v_empty(consumer).arrive_warp();
     float dq[Layout::kDqGroups][4];
@@ -328,17 +339,45 @@ struct BackwardConsumer {
       }
       hand_over_dq();
     }
-    const auto store_gradient_rows = [&](const FlashmaskTensor& tensor, int dims, const auto& gradient) {
-      store_rows<T>(tensor, step.batch_head / p.op.heads_k, step.batch_head % p.op.heads_k, step.mask + first_key(),
-                    p.op.seqlen_k, dims, gradient, lane());
+    const int batch = step.batch_head / p.op.heads_k, head = step.batch_head % p.op.heads_k;
+    // Of the buffer of dS^T that is not being multiplied.
+    const auto gradient_to_panel = [&](int panel, const auto& gradient) {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; n += 2) {
+        uint32_t rounded[4];
+        pack_operand<T>(rounded, gradient[n], gradient[n + 1]);
+        store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, panel * DsTile::kPanel + n * 8),
+                     rounded);
+      }
     };
-    store_gradient_rows(p.op.dv, p.op.head_dim_v, dv);
+    const auto store_gradient_rows = [&](const FlashmaskTensor& tensor, int dims, const auto& gradient) {
+      store_rows<T>(tensor, batch, head, step.mask + first_key(), p.op.seqlen_k, dims, gradient, lane());
+    };
+    if constexpr (Layout::kGradientsByDs) {
+      barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
+      gradient_to_panel(0, dv);
+    } else {
+      store_gradient_rows(p.op.dv, p.op.head_dim_v, dv);
+    }
     wgmma_wait<0>();
     fence_registers(dq);
     for (int piece = 0; piece < Layout::kKeyPieces; ++piece) barriers.k_empty(place_of(piece).stage).arrive_warp();
     if (count > 0) barriers.ds_empty(previous_ds.stage).arrive_warp();
     scale_rows(dk, p.op.softmax_scale);
-    store_gradient_rows(p.op.dk, p.op.head_dim, dk);
+    if constexpr (Layout::kGradientsByDs) {
+      gradient_to_panel(1, dk);
+      const int key = uniform(first_key());
+      fence_async_proxy();
+      __syncwarp();
+      if (lane() == 0) {
+        const uint32_t place = base + Layout::kDs + ds.stage * DsTile::kBytes + key * DsTile::kRowBytes;
+        store_box(maps.dv, place, 0, step.mask + key, head, batch, kEvictFirst);
+        store_box(maps.dk, place + DsTile::kPanelBytes, 0, step.mask + key, head, batch, kEvictFirst);
+        commit_stores();
+      }
+    } else {
+      store_gradient_rows(p.op.dk, p.op.head_dim, dk);
+    }
     if (count > 0) {
       if constexpr (kDeterministic) scale_dq(dq, dq);
       wait_for_dq_place();
@@ -354,7 +393,7 @@ struct BackwardConsumer {
   }
 
   // All column tiles of the block, and its row items.
-  __device__ __forceinline__ void run(const KernelParams& p) {
+  __device__ __forceinline__ void run(const KernelParams& p, const BackwardMaps& maps) {
     if (consumer == 1) end_turn();  // so the other comes first
     while (true) {
       barriers.q_full(q.stage).wait(q.parity);
@@ -371,9 +410,10 @@ struct BackwardConsumer {
         trace(Event::kRowItemEnd);
       } else {
         trace(Event::kColumnTile);
-        run_tile(p);
+        run_tile(p, maps);
       }
     }
+    wait_gradients_read();            // the shared memory must outlive the copies
     if (consumer == 0) begin_turn();  // every end of a turn has met its beginning
   }
 

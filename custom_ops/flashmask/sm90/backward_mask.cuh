@@ -1,54 +1,59 @@
 // Element masks of the backward kernels: the intervals of a block's keys in shared memory, and their use on S^T.
 #pragma once
 
+#include "../cuda/instructions.cuh"
 #include "../cuda/kernel_params.h"
-#include "../cuda/row_bits.cuh"
 #include "backward_access.cuh"
 
 namespace flashmask::sm90 {
 
-// The two intervals of masked rows of one key, as they come: bits of rows do not mind empty or overlong ones.
+// The two intervals of masked rows of one key, empty or overlong ones as they come. Numbers of rows are changed only
+// where that changes no row: so that a small one can be added and a row subtracted without overflow.
 __device__ __forceinline__ int4 key_intervals(const FlashmaskParams& op, int64_t mask_index, int key) {
-  if (key >= op.seqlen_k) return make_int4(INT32_MIN, INT32_MAX, 0, 0);  // past the end: masked everywhere
+  constexpr int kAfterAll = INT32_MAX - 8;
+  if (key >= op.seqlen_k) return make_int4(0, kAfterAll, 0, 0);  // past the end: masked everywhere
   const int32_t* bounds = op.bounds + (mask_index * op.seqlen_k + key) * op.num_bounds;
   int4 both = make_int4(0, 0, 0, 0);
   if (op.num_bounds > 0) {
     both.x = bounds[0];
-    both.y = INT32_MAX;
+    both.y = kAfterAll;
     if (op.num_bounds == (op.causal ? 2 : 4)) both.y = bounds[1];
   }
   if (op.causal) {
-    both.z = INT32_MIN;
     both.w = key - (op.seqlen_k - op.seqlen_q);
   } else if (op.num_bounds == 4) {
     both.z = bounds[2];
     both.w = bounds[3];
   } else if (op.num_bounds == 2) {
-    both.z = INT32_MIN;
     both.w = bounds[1];
   }
-  return both;
+  const auto clamped = [](int row) { return min(max(row, 0), kAfterAll); };
+  return make_int4(clamped(both.x), clamped(both.y), clamped(both.z), clamped(both.w));
+}
+
+// Of a thread's queries, first + 8n and the next of that: bit 2n + e is set when first + 8n + e is not before `row`.
+__device__ __forceinline__ uint32_t query_bits_from(int row, int first) {
+  // So many of the first of such pairs lie before `row`, and so many of the second.
+  const int distance = max(row - first + 6, 6);
+  return shift_left(0xFFFFFFFFu, (distance + 1) / 8 + distance / 8);
 }
 
 // A thread's keys are `first_key` and the eighth after it; its queries 8n + 2t and the next, with t = lane % 4.
 template <int kGroups>
 __device__ __forceinline__ void mask_scores(float (&scores)[kGroups][4], uint32_t intervals, int first_key,
                                             int row_begin, int lane, float masked_score) {
+  static_assert(kGroups <= 16, "bits of one word");
+  const int first = row_begin + lane % 4 * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const uint4 loaded = load_shared_128(intervals + (first_key + h * 8) * 16);
-    const int4 both = make_int4(loaded.x, loaded.y, loaded.z, loaded.w);
+    const uint4 both = load_shared_128(intervals + (first_key + h * 8) * 16);
+    const uint32_t bits = (query_bits_from(both.x, first) & ~query_bits_from(both.y, first)) |
+                          (query_bits_from(both.z, first) & ~query_bits_from(both.w, first));
 #pragma unroll
-    for (int word = 0; word < kGroups / 4; ++word) {  // 32 queries each
-      const int first = row_begin + word * 32;
-      const uint32_t bits =
-          (interval_bits(both.x, both.y, first) | interval_bits(both.z, both.w, first)) >> (lane % 4 * 2);
+    for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (bits & (1u << (n * 8 + e))) scores[word * 4 + n][h * 2 + e] = masked_score;
-        }
+      for (int e = 0; e < 2; ++e) {
+        if (bits & (1u << (n * 2 + e))) scores[n][h * 2 + e] = masked_score;
       }
     }
   }

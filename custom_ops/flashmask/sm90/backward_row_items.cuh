@@ -72,7 +72,9 @@ struct RowItem {
 
   __device__ __forceinline__ void prepare(Ring<Config::kQStages>* q, Ring<Config::kDoStages>* dout) const {
     constexpr int kShare = Config::kRows / 2;  // rows of a row tile that are this warpgroup's
-    constexpr int kWarpRows = kShare / 4, kPassRows = 4, kPasses = kWarpRows / kPassRows;
+    constexpr int kWarpRows = kShare / 4, kGroups = kWarpRows / 8;
+    constexpr int kHalves = 2 * QTile::kPanels;  // of panels
+    static_assert(kWarpRows % 8 == 0);
     constexpr int kLsePerThread = kRowTilesPerItem * kShare / kWarpgroup;
     static_assert(kLsePerThread > 0 && kLsePerThread * kWarpgroup == kRowTilesPerItem * kShare);
     const auto lse_row = [&](int i) {
@@ -92,17 +94,21 @@ struct RowItem {
                   kStored);
     }
     for_each_tile(q, dout, [&](int tile, uint32_t out_place, uint32_t dout_place, const auto& free) {
-      // Eight lanes a row: which of its dims a lane gets is all the same, so the swizzle is.
-      const int first_row = consumer * kShare + warp() * kWarpRows + lane() / 8;
-      const uint32_t offset = first_row * QTile::kRowBytes + lane() % 8 * 16;
-      uint4 left[kPasses][QTile::kPanels], right[kPasses][QTile::kPanels];
+      // delta is the diagonal of dO times `out` transposed, of eight rows at a time. So the tensor cores compute eight
+      // times what is needed, in a fifth of the instructions. Which dims a lane brings is all the same, if they are the
+      // same of both: four lanes bring half a panel's row, and neighbouring rows other halves (no bank conflicts).
+      const int g = lane() / 4, t = lane() % 4;
+      const int first_row = consumer * kShare + warp() * kWarpRows + g;
+      const uint32_t offset = first_row * QTile::kRowBytes + ((t + g % 2 * 4) ^ g) * 16;
+      uint4 left[kGroups][kHalves], right[kGroups][kHalves];
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
+      for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
-        for (int panel = 0; panel < QTile::kPanels; ++panel) {
-          const uint32_t place = offset + pass * kPassRows * QTile::kRowBytes + panel * QTile::kPanelBytes;
-          left[pass][panel] = load_shared_128(out_place + place);
-          right[pass][panel] = load_shared_128(dout_place + place);
+        for (int half = 0; half < kHalves; ++half) {
+          const uint32_t place =
+              (offset ^ half % 2 * 64) + group * 8 * QTile::kRowBytes + half / 2 * QTile::kPanelBytes;
+          left[group][half] = load_shared_128(dout_place + place);
+          right[group][half] = load_shared_128(out_place + place);
         }
       }
       free();
@@ -114,17 +120,27 @@ struct RowItem {
 #pragma unroll
         for (int i = 0; i < kZeros; ++i) zeroed[i * kWarpgroup] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
+      float delta[kGroups];
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        float delta = 0.0f;
+      for (int group = 0; group < kGroups; ++group) {
+        // An instruction takes two words a lane of dO as rows g and g + 8, and one of `out`. So each is used twice: for
+        // the first word what comes of row g counts, for the second what comes of row g + 8.
+        float first_words[4] = {}, second_words[4] = {};
 #pragma unroll
-        for (int panel = 0; panel < QTile::kPanels; ++panel) {
-          delta += product(left[pass][panel], right[pass][panel]);
+        for (int half = 0; half < kHalves; ++half) {
+          const uint4 &a = left[group][half], &b = right[group][half];
+          mma_16x8x8<T>(first_words, a.x, a.y, b.x);
+          mma_16x8x8<T>(second_words, a.x, a.y, b.y);
+          mma_16x8x8<T>(first_words, a.z, a.w, b.z);
+          mma_16x8x8<T>(second_words, a.z, a.w, b.w);
         }
+        delta[group] = g % 2 == 0 ? first_words[0] + second_words[2] : first_words[1] + second_words[3];
+      }
+      if (t == g / 2) {  // who has the diagonal
+        static_assert(kGroups <= 2);
+        float* const place = p.query_delta + first_padded_row() + tile * Config::kRows + row_place(first_row);
 #pragma unroll
-        for (int distance = 4; distance > 0; distance /= 2) delta += __shfl_xor_sync(kAllLanes, delta, distance);
-        const int row = tile * Config::kRows + first_row + pass * kPassRows;
-        if (lane() % 8 == 0) p.query_delta[first_padded_row() + row_place(row)] = delta;
+        for (int group = 0; group < kGroups; ++group) place[row_place(group * 8)] = delta[group];
       }
     });
 #pragma unroll
@@ -214,16 +230,6 @@ struct RowItem {
       }
     }
     return __reduce_add_sync(kAllLanes, seen_by) > kFewColumnTiles;
-  }
-  static __device__ __forceinline__ float product(const uint4& left, const uint4& right) {
-    const uint32_t a[4] = {left.x, left.y, left.z, left.w}, b[4] = {right.x, right.y, right.z, right.w};
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = Half2<T>::unpack(a[i]), y = Half2<T>::unpack(b[i]);
-      sum += x.x * y.x + x.y * y.y;
-    }
-    return sum;
   }
   // Word i of the result is words[(i - by) % 4].
   static __device__ __forceinline__ uint4 rotated(const uint32_t (&words)[4], int by) {

@@ -16,7 +16,7 @@ struct BackwardMaps {
   CUtensorMap q, dout, out;  // boxes of one row tile
   CUtensorMap k;             // boxes of one place
   CUtensorMap v;             // boxes of 64 keys: one warpgroup's up to 128 dims
-  CUtensorMap dk, dv;        // the same; above 128 dims only
+  CUtensorMap dk, dv;        // above 128 dims boxes of 64 keys; where kGradientsByDs of a warp's 16
 };
 
 // A column tile of a key head.

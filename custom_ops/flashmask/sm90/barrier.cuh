@@ -38,6 +38,13 @@ struct Barrier {
     __syncwarp();
     if (kArrivalsOfWarp == 32 || threadIdx.x % 32 == 0) arrive();
   }
+  // For a whole warp: the arrivals of so many warps (at least one) that have no part in this phase.
+  __device__ __forceinline__ void arrive_for_warps(int warps) const {
+    __syncwarp();
+    if (kArrivalsOfWarp == 32 || threadIdx.x % 32 == 0) {
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(warps) : "memory");
+    }
+  }
   // One arrival that also announces bytes which TMA copies will bring.
   __device__ __forceinline__ void arrive_expecting(int bytes) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");

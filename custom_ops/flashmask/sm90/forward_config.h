@@ -21,6 +21,10 @@ struct ForwardShape {
   static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr bool kMasks = kMaskStages > 0;
+  // Whether only those warpgroups that need a tile's element masks wait for them and free their place. Then one that
+  // does not may be ahead of the mask warps, but never by a round of their ring: the key tile in which it needs masks
+  // again is there only when all have freed the one kStages before it, and so taken the masks of the one before that.
+  static constexpr bool kMasksByNeed = kMaskStages > kStages;
   // Whether the warpgroups take turns at issuing products, so that one's exponentials fall into the other's products.
   // Three do that by themselves, and a turn of one that is at the end of a row tile would keep the others waiting.
   static constexpr bool kTakesTurns = kConsumers == 2;
@@ -50,7 +54,7 @@ struct ForwardShape {
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
-struct ForwardConfig<64> : ForwardShape<3, 128, 3, 2, 2> {};
+struct ForwardConfig<64> : ForwardShape<3, 128, 3, 2, 4> {};
 template <>
 struct ForwardConfig<96> : ForwardShape<2, 128, 2, 2, 2> {};
 template <>

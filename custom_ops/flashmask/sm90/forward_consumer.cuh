@@ -49,14 +49,12 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   turn.start();
 
   Ring<Config::kStages> k_ring, v_ring;
-  Ring<Config::kMaskStages> mask_ring;
   Ring<Config::kWorkStages> row_tile_ring;
   Ring<Config::kQStages> q_ring;
   const auto release = [&](int barrier) { Barrier{shared + barrier}.arrive_warp(); };
 
   float output[kHeadDim / 8][4];
-  int has_output =
-      0;  // whether anything was added to the output of the row tile at work: else it may hold what it likes
+  int has_output = 0;  // whether it holds anything of the row tile at work: the first product overwrites it
   float scores[kScoreGroups][4];
   uint32_t weights[kSteps][4];
   // Where nothing masks, a row tile has this many column tiles, and the last so many keys.
@@ -65,7 +63,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int tile = 0;          // of these
   uint32_t weighed = 0;  // tile_word of the tile whose scores are at work
   uint32_t flags = 0;    // that of the tile that K holds next
-  uint32_t ended = 0;    // zero if that belongs to the row tile at work, or once `begun` to the next one
+  uint32_t ended = 0;    // kTileLast behind the last tile of the row tile at work, or once `begun` of the next one
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work{}, next;
   bool has_next = false, follows = false;
@@ -73,8 +71,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
 
   int used_k = 0;  // place of the K that the scores at work come from
   // Bits of tile words: a tile that has one of these needs more than most do. All of them while every tile does.
-  constexpr uint32_t kSpecial = kTileLast | (Config::kMasks ? kTileAnyPartial : 0);
-  uint32_t special_bits = ~0u, special = 0;  // the latter: what of these the scores at work have
+  constexpr uint32_t kEveryTile = ~0u;
+  const uint32_t mask_bits = !Config::kMasks        ? 0
+                             : Config::kMasksByNeed ? 1u << (kTilePartialShift + warpgroup)
+                                                    : kTileAnyPartial;
+  const uint32_t special_tile = kTileLast | mask_bits;
+  uint32_t special_bits = kEveryTile;
+  uint32_t special = 0;  // which of these the tile at work has
   const auto wait_k = [&] {
     Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
     if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileWords + k_ring.stage * 4));
@@ -106,7 +109,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   Ring<Config::kStages> held;
   auto& held_v = kSkips > 0 ? held : v_ring;
   int skips = 0;  // that are left
-  int owed = 0;   // V of tiles skipped since, which are still to be waited for and freed
+  int owed = 0;   // skipped since, whose V is still to be waited for and freed
   const auto hold_v = [&] {
     if (kSkips == 0) return;
     held = v_ring;
@@ -124,18 +127,17 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (ended != 0 && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
       return;
     }
-    if (!(weighed & kTileAnyPartial)) return;
-    Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.wait_warp(mask_ring.parity);
-    if (apply) {
-      apply_mask<Layout>(scores, shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, warp, lane);
+    if (!(weighed & mask_bits)) return;
+    const int stage = mask_stage(weighed);
+    Barrier{shared + Layout::kMaskFull + stage * 8}.wait_warp(mask_parity(weighed));
+    if (Config::kMasksByNeed || apply) {
+      apply_mask<Layout>(scores, shared + Layout::kMask + stage * Layout::kMaskBytes, warp, lane);
     }
-    release(Layout::kMaskEmpty + mask_ring.stage * 8);
-    mask_ring.advance();
+    release(Layout::kMaskEmpty + stage * 8);
   };
   // High words of the descriptors of Q and of K and V. Constants would be written again before every product: so an
   // instruction less for most of them.
   const uint32_t high_q = hidden<0>(QTile::kHighWord), high_k = hidden<1>(KTile::kHighWord);
-  const uint32_t nothing = Config::kMasks ? 0 : hidden<0>(0);
   // Low words for the first places; no place is so far away that an addition would reach their other bits.
   const auto low_word = [](uint64_t descriptor) { return static_cast<uint32_t>(descriptor); };
   const uint32_t low_q = low_word(QTile::along_columns(shared + Layout::kQ, warpgroup * 64, 0));
@@ -148,8 +150,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     return kAddsToBothWords ? descriptor + distance : KTile::moved(descriptor, distance);
   };
   const auto issue_scores = [&] {
-    const uint64_t q = descriptor_of(low_q + q_ring.stage * (QTile::kBytes / 16), high_q ^ nothing);
-    const uint64_t k = descriptor_of(low_k + k_ring.stage * (KTile::kBytes / 16), high_k ^ nothing);
+    const uint64_t q = descriptor_of(low_q + q_ring.stage * (QTile::kBytes / 16), high_q);
+    const uint64_t k = descriptor_of(low_k + k_ring.stage * (KTile::kBytes / 16), high_k);
     fence_registers(scores);
     wgmma_begin();
 #pragma unroll
@@ -233,7 +235,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       take_mask(is_partial());
       if (kFirst || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
       if (kSkips > 0) settle_v();
-      special_bits = p.negative_scale || softmax.lacks_reference ? ~0u : kSpecial;
+      special_bits = p.negative_scale || softmax.lacks_reference ? kEveryTile : special_tile;
     }
     const bool large = softmax.weigh(scores, p.scale_log2, halfway);
     fence_registers(scores);  // the exponentials belong here, while P V runs
@@ -301,12 +303,12 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     turn.wait();
     turn.pass();
     leave_k();
-    take_mask(false);
+    if (!Config::kMasksByNeed) take_mask(false);
     release_k();
     if (ended != 0 && !Config::kOutputInQuery) release_q();
     ++owed;
     if (!owes) settle_v();
-    special_bits = ~0u;  // until that is settled
+    special_bits = kEveryTile;  // until that is settled
   };
 
   look_ahead();
@@ -316,7 +318,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     work = next;
     has_output = 0;
     softmax = OnlineSoftmax();
-    special_bits = ~0u;
+    special_bits = kEveryTile;
     if (!begun) ended = work.has_tiles == 0;
     begun = false;
     has_next = false;
@@ -349,7 +351,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
         if (!begun && ended == 0 && is_seen()) {
           do {
             large = pass(std::false_type{});
-          } while (!large & (ended == 0) & is_seen());
+          } while (!large & (ended == 0) & is_seen());  // one jump, where && would take three
         }
         if (large) {
           move_references();
@@ -385,7 +387,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       fence_registers(output);
       release_held_v();
       if (kSkips > 0) settle_v();
-      if (begun) break;  // what is ended == 0 belongs to the next row tile
+      if (begun) break;  // the tiles that come belong to the next row tile
     }
     if (has_output == 0) clear(output);
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);

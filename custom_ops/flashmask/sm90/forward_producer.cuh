@@ -12,14 +12,18 @@ struct ForwardMaps {
 };
 
 // What the consumers have to know of a column tile, in one word: bit w says that warpgroup w's 64 rows see something of
-// it, bit 3 + w that they need element masks there, the top bit that it is the last of its row tile; and its number.
-constexpr int kTilePartialShift = 3, kTileNumberShift = 6;
+// it, bit 3 + w that they need element masks there; then in which place of their ring these are, and the parity of its
+// round; its number; the top bit that it is the last of its row tile.
+constexpr int kTilePartialShift = 3, kTileMaskShift = 6, kTileNumberShift = 10;
 constexpr uint32_t kTileAnyPartial = 0x38, kTileLast = 1u << 31;
-__device__ __forceinline__ uint32_t tile_word(const TileOrder& order) {
+__device__ __forceinline__ uint32_t tile_word(const TileOrder& order, int mask_stage, uint32_t mask_parity) {
   return (order.flags & 7) | (order.flags >> kPartialShift & 7) << kTilePartialShift |
+         (mask_stage | mask_parity << 3) << kTileMaskShift |
          static_cast<uint32_t>(order.column_tile) << kTileNumberShift | (order.flags & kLast ? kTileLast : 0);
 }
 __device__ __forceinline__ int tile_number(uint32_t word) { return (word & ~kTileLast) >> kTileNumberShift; }
+__device__ __forceinline__ int mask_stage(uint32_t word) { return word >> kTileMaskShift & 7; }
+__device__ __forceinline__ uint32_t mask_parity(uint32_t word) { return word >> (kTileMaskShift + 3) & 1; }
 
 // What the consumers have to know of a row tile.
 struct RowTile {
@@ -38,6 +42,7 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
   Ring<Config::kStages> k_ring, v_ring;
   Ring<Config::kWorkStages> work_ring;
   Ring<Config::kQStages> q_ring;
+  Ring<Config::kMaskStages> mask_ring;
 
   const auto publish = [&](int row_tile, int batch, int head, bool has_tiles) {
     Barrier{shared + Layout::kWorkEmpty + work_ring.stage * 8}.wait_warp(work_ring.parity ^ 1);
@@ -116,11 +121,13 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
     }
     Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait_warp(k_ring.parity ^ 1);
     if (lane == 0) {
-      store_shared_32(shared + Layout::kTileWords + k_ring.stage * 4, tile_word(order));
+      store_shared_32(shared + Layout::kTileWords + k_ring.stage * 4,
+                      tile_word(order, mask_ring.stage, mask_ring.parity));
       load_columns(maps.k, shared + Layout::kK + k_ring.stage * KTile::kBytes,
                    Barrier{shared + Layout::kKFull + k_ring.stage * 8}, order.column_tile, head_k, batch);
     }
     k_ring.advance();
+    if (order.flags & kAnyPartial) mask_ring.advance();
     load_late_v();
     // One place for Q is free only when the row tile before has its last scores, or is at its end; what that still
     // needs comes first.
@@ -148,7 +155,10 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
     const int column_begin = order.column_tile * Config::kColumns, pair = warp * 32 + lane;
     const ColumnPair bounds =
         load_bounds(p.op, p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, column_begin + pair * 2);
-    Barrier{shared + Layout::kMaskEmpty + mask_ring.stage * 8}.wait_warp(mask_ring.parity ^ 1);
+    const Barrier empty{shared + Layout::kMaskEmpty + mask_ring.stage * 8};
+    empty.wait_warp(mask_ring.parity ^ 1);
+    const int idle = Config::kConsumers - __popc(order.flags & kAnyPartial);
+    if (Config::kMasksByNeed && warp == 0 && idle > 0) empty.arrive_for_warps(idle * 4);
     write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op, bounds,
                        order.row_tile * Config::kRows, column_begin, pair,
                        (order.flags & kAnyPartial) >> kPartialShift);

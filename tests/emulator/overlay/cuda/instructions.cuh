@@ -6,6 +6,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace flashmask {
 
 inline uint32_t shared_address(const void*) { return emulator::kSharedBase; }
@@ -59,6 +61,10 @@ inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline uint32_t opaque(uint32_t value) { return value; }
 inline uint32_t select_bits(uint32_t mask, uint32_t one, uint32_t other) { return (mask & one) | (~mask & other); }
+template <typename T>
+void mma_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  emulator::mma(c, {a0, a1, 0, 0}, {b, 0}, std::is_same_v<T, __nv_bfloat16>);
+}
 inline uint32_t shift_left(uint32_t value, uint32_t amount) { return amount >= 32 ? 0 : value << amount; }
 
 }  // namespace flashmask

@@ -18,6 +18,11 @@ struct Barrier {
     emulator::sync_warp("Barrier::arrive_warp");
     if (emulator::lane() == 0) arrive();
   }
+  void arrive_for_warps(int warps) const {
+    emulator::sync_warp("Barrier::arrive_for_warps");
+    if (emulator::lane() > 0) return;
+    for (int warp = 0; warp < warps; ++warp) arrive();
+  }
   void arrive_expecting(int bytes) const { emulator::arrive(address, bytes); }
   bool test(uint32_t parity) const { return emulator::test_barrier(address, parity); }
   void wait(uint32_t parity) const { emulator::wait_barrier(address, parity); }
