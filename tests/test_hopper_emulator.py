@@ -293,6 +293,26 @@ def test_who_arrives_for_a_warp(tmp_path: Path) -> None:
         dense_case(64, 1, races=emulated.BY_LANES).run(library)
 
 
+def test_gradients_wait_for_their_buffer(tmp_path: Path, fault_cases: Callable[[str, int], list[Problem]]) -> None:
+    """At d = 64 dV and dK leave by the buffer of the next dS^T: no wait for it follows from another one."""
+    builder = compilation.Builder(tmp_path / "emulator")
+    mainloop = builder.source / "sm90" / "backward_mainloop.cuh"
+    text = mainloop.read_text()
+    waits = {
+        "step": "if (count == 1) wait_gradients_read();",
+        "no_steps": "wait_for_other_keys();\n      wait_gradients_read();",
+        "end": "wait_gradients_read();            // the shared memory must outlive the copies",
+        "products": "barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);\n      gradient_to_panel(0, dv);",
+    }
+    kept = {"no_steps": "wait_for_other_keys();", "products": "gradient_to_panel(0, dv);"}
+    cases = [*fault_cases("backward", 64), *(dense_case(64, n, s_q=40, s_k=600, block_mask=True) for n in range(20))]
+    for name, wait in waits.items():
+        assert text.count(wait) == 1, name
+        mainloop.write_text(text.replace(wait, kept.get(name, "")))
+        library = Emulated(builder.library("backward", 64, ("bf16",), variant=name))
+        assert any(is_noticed(case, library, (emulated.NO_FAULT, 0)) for case in cases), name
+
+
 @pytest.mark.parametrize("barrier", [16, 17, 20, 21])
 def test_turns_are_waited_for(barrier: int, libraries: Libraries) -> None:
     """Above 128 dims: that the turn has come, and that the turn before it was used, for both halves of the dims."""

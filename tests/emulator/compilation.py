@@ -48,10 +48,18 @@ class Builder:
         self.common = [self._compile(source, level) for source, level in machine + host]
 
     def library(
-        self, direction: str, head_dim: int, dtypes: tuple[str, ...] = ("bf16", "fp16"), arch: str = "sm90"
+        self,
+        direction: str,
+        head_dim: int,
+        dtypes: tuple[str, ...] = ("bf16", "fp16"),
+        arch: str = "sm90",
+        variant: str = "",
     ) -> Path:
-        """Compiles the kernels of "forward" or "backward" for one head dim; returns the library's path."""
-        name = f"{direction}_{head_dim}" + ("" if arch == "sm90" else f"_{arch}")
+        """Compiles the kernels of "forward" or "backward" for one head dim; returns the library's path.
+
+        `variant` tells libraries of changed sources from each other.
+        """
+        name = f"{direction}_{head_dim}" + ("" if arch == "sm90" else f"_{arch}") + variant
         generated = self.folder / name
         generated.mkdir()
         table, objects = "", []

@@ -1,4 +1,4 @@
-// What the portable kernels ask of the machine: cp.async, ldmatrix, mma.sync.
+// What mostly the portable kernels ask of the machine: cp.async, ldmatrix, mma.sync.
 #include <string.h>
 
 #include <algorithm>

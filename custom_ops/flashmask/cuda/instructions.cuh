@@ -84,7 +84,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
-// Of numbers that are not subnormal (as are their reciprocals): no code for those, which would be jumped over.
+// For x that is not subnormal, nor its reciprocal: without the code for those, which would be jumped over.
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));

@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #ifdef FLASHMASK_WITH_SM90  // toolkits before 12.0 know no tensor maps
+#include "../sm90/limits.h"
 #include "../sm90/tensor_map.h"
 #endif
 
@@ -18,7 +19,8 @@ bool backward_takes(const FlashmaskParams&) { return true; }
 namespace sm90 {
 // Dropout is left to the portable kernels: its Philox draws cost more than the products that it would go with.
 bool forward_takes(const FlashmaskParams& op) {
-  return op.dropout == 0 && find_encoder() != nullptr && tma_can_read(op.q, op.batch, op.seqlen_q, op.heads_q) &&
+  return op.dropout == 0 && op.seqlen_k <= kMaxKeys && find_encoder() != nullptr &&
+         tma_can_read(op.q, op.batch, op.seqlen_q, op.heads_q) &&
          tma_can_read(op.k, op.batch, op.seqlen_k, op.heads_k) &&
          tma_can_read(op.v, op.batch, op.seqlen_k, op.heads_k) &&
          tma_can_read(op.out, op.batch, op.seqlen_q, op.heads_q);

@@ -80,7 +80,7 @@ struct BackwardLayout {
   static constexpr int kDqGroups = Config::kRows * kHeadDim / Config::kConsumers / kWarpgroup / 4;
   static constexpr int kDqPartFloats = kDqGroups * kWarpgroup * 4;
   // Whether dV and dK leave by way of the buffer that the next dS^T will take, where each fits one panel of it: a warp
-  // has its own 16 keys there, so nobody waits for another warp. Else straight from registers.
+  // has its own 16 keys there, so it need not meet the others. Else straight from registers.
   static constexpr bool kGradientsByDs = !Config::kWide && DsTile::kPanels > 1 && DsTile::kPanel == kHeadDim;
   // P^T on its way from one warpgroup to the other: a register operand of each thread.
   static constexpr int kPBytes = Config::kColumns * Config::kRows * 2;

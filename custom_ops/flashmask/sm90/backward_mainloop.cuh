@@ -133,7 +133,7 @@ struct BackwardConsumer {
     barriers.dq_full(consumer).arrive_warp();
   }
 
-  // Until dV and dK of this warp's keys have left for memory, if they went by way of dS^T's buffer.
+  // Until dV and dK of this warp's keys have been read from dS^T's buffer, if they went by way of it.
   __device__ __forceinline__ void wait_gradients_read() {
     if (!Layout::kGradientsByDs) return;
     if (lane() == 0) wait_stores_read<0>();
@@ -321,8 +321,8 @@ struct BackwardConsumer {
     q.advance();
 
     // The last dQ; after no steps at all again a product that is dropped. dV and dK leave meanwhile, straight from
-    // registers or by a free buffer of dS^T, so that V and K are free for the next column tile and nobody waits for a
-    // place.
+    // registers or by the buffer of dS^T that is not at work (multiplied long ago by all), so that V and K are free for
+    // the next column tile.
     if (count == 0) {
       barriers.v_full(consumer).wait(tile_parity);
       wait_for_other_keys();
@@ -340,7 +340,7 @@ struct BackwardConsumer {
       hand_over_dq();
     }
     const int batch = step.batch_head / p.op.heads_k, head = step.batch_head % p.op.heads_k;
-    // Of the buffer of dS^T that is not being multiplied.
+    // A warp's 16 keys of dV (panel 0) or dK (1) to the buffer that the next dS^T will take.
     const auto gradient_to_panel = [&](int panel, const auto& gradient) {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; n += 2) {

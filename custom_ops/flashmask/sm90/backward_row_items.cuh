@@ -94,9 +94,10 @@ struct RowItem {
                   kStored);
     }
     for_each_tile(q, dout, [&](int tile, uint32_t out_place, uint32_t dout_place, const auto& free) {
-      // delta is the diagonal of dO times `out` transposed, of eight rows at a time. So the tensor cores compute eight
-      // times what is needed, in a fifth of the instructions. Which dims a lane brings is all the same, if they are the
-      // same of both: four lanes bring half a panel's row, and neighbouring rows other halves (no bank conflicts).
+      // delta is the diagonal of dO times `out` transposed, of eight rows at a time. So the tensor cores compute
+      // sixteen times what is needed, in a third of the instructions. Which dims a lane brings is all the same, if they
+      // are the same of both: four lanes bring half a panel's row, and neighbouring rows other halves (no bank
+      // conflicts).
       const int g = lane() / 4, t = lane() % 4;
       const int first_row = consumer * kShare + warp() * kWarpRows + g;
       const uint32_t offset = first_row * QTile::kRowBytes + ((t + g % 2 * 4) ^ g) * 16;

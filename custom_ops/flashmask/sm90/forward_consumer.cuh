@@ -63,7 +63,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int tile = 0;          // of these
   uint32_t weighed = 0;  // tile_word of the tile whose scores are at work
   uint32_t flags = 0;    // that of the tile that K holds next
-  uint32_t ended = 0;    // kTileLast behind the last tile of the row tile at work, or once `begun` of the next one
+  uint32_t ended = 0;    // not 0 behind the last tile of the row tile at work, or once `begun` of the next one
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work{}, next;
   bool has_next = false, follows = false;
@@ -121,7 +121,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     release(Layout::kVEmpty + held_v.stage * 8);
     if (kSkips == 0) v_ring.advance();
   };
-  // Element masks are made for the rows of all warpgroups if any of them needs them.
+  // Without kMasksByNeed, every warpgroup takes all masks that were made and frees their places, whether it applies
+  // them or not.
   const auto take_mask = [&](bool apply) {
     if constexpr (!Config::kMasks) {
       if (ended != 0 && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
@@ -143,8 +144,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const uint32_t low_q = low_word(QTile::along_columns(shared + Layout::kQ, warpgroup * 64, 0));
   const uint32_t low_k = low_word(KTile::along_columns(shared + Layout::kK, 0, 0));
   const uint32_t low_v = low_word(KTile::along_rows(shared + Layout::kV, 0, 0));
-  // One uniform instruction for an addition to both words or to the low one; but then the assembler may write the high
-  // word again, too. Which is shorter is to be seen in the machine code.
+  // How a descriptor is moved: by an addition of 64 bits, or to its low word only, one uniform instruction either way.
+  // After the latter the assembler may write the high word again, too: which is shorter is to be seen in the machine
+  // code.
   constexpr bool kAddsToBothWords = Config::kMasks && kHeadDim > 64 && kHeadDim < 256;
   const auto moved = [](uint64_t descriptor, uint64_t distance) {
     return kAddsToBothWords ? descriptor + distance : KTile::moved(descriptor, distance);
@@ -308,7 +310,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     if (ended != 0 && !Config::kOutputInQuery) release_q();
     ++owed;
     if (!owes) settle_v();
-    special_bits = kEveryTile;  // until that is settled
+    special_bits = kEveryTile;  // what is owed is settled with the next scores
   };
 
   look_ahead();

@@ -3,6 +3,7 @@
 
 #include "forward_mask.cuh"
 #include "forward_orders.cuh"
+#include "limits.h"
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
@@ -12,10 +13,11 @@ struct ForwardMaps {
 };
 
 // What the consumers have to know of a column tile, in one word: bit w says that warpgroup w's 64 rows see something of
-// it, bit 3 + w that they need element masks there; then in which place of their ring these are, and the parity of its
-// round; its number; the top bit that it is the last of its row tile.
+// it, bit 3 + w that they need element masks there; then, if any does, in which place of their ring these are, and the
+// parity of its round; its number; the top bit that it is the last of its row tile.
 constexpr int kTilePartialShift = 3, kTileMaskShift = 6, kTileNumberShift = 10;
 constexpr uint32_t kTileAnyPartial = 0x38, kTileLast = 1u << 31;
+static_assert(kTileNumberShift + kColumnTileBits == 31);
 __device__ __forceinline__ uint32_t tile_word(const TileOrder& order, int mask_stage, uint32_t mask_parity) {
   return (order.flags & 7) | (order.flags >> kPartialShift & 7) << kTilePartialShift |
          (mask_stage | mask_parity << 3) << kTileMaskShift |
