@@ -79,4 +79,5 @@ bench-cpu: build  ## time the CPU kernels against PyTorch (where importable) and
 	$(PY) benchmarks/kernels.py --device cpu
 
 clean:  ## remove build folders (not .venv, not runs)
-	rm -rf build dist *.egg-info paddle_flashmask/lib paddle_flashmask/*.so paddle_flashmask/_build_info.py
+	rm -rf build dist *.egg-info paddle_flashmask/lib paddle_flashmask/*.so paddle_flashmask/_build_info.py \
+	  $(VENV)/.built

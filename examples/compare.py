@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reports import EVALUATED, MASKS, draw_curves, pictures
+from reports import EVALUATED, MASKS, draw_curves, pictures, shown
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +53,7 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"the runs logged {len(flashmask)} and {len(dense)} losses; both must log every step")
     summary: dict[str, Any] = {
         name: {
-            "tokens_per_s": round(result["tokens_per_s"], 1),
+            "tokens_per_s": None if result["tokens_per_s"] is None else round(result["tokens_per_s"], 1),
             "peak_mib": round(result["peak_mib"], 1),
             "final_loss": result["losses"][-1],
             "before_training_mib": round(result["before_training_mib"], 1),
@@ -89,11 +89,13 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
         table.add_column(heading, justify=justify)
     flashmask, dense = summary["flashmask"], summary["dense"]
 
-    def row(label: str, key: str, form: str, ratio: str = "") -> None:
-        table.add_row(label, format(flashmask[key], form), format(dense[key], form), ratio)
+    def row(label: str, key: str, form: str, with_ratio: bool = False) -> None:
+        pair = flashmask[key], dense[key]
+        ratio = f"{pair[0] / pair[1]:.2f}x" if with_ratio and None not in pair else ""
+        table.add_row(label, *(shown(value, form) for value in pair), ratio)
 
-    row("tokens/s", "tokens_per_s", ",.0f", f"{flashmask['tokens_per_s'] / dense['tokens_per_s']:.2f}x")
-    row("peak memory, MiB", "peak_mib", ",.0f", f"{flashmask['peak_mib'] / dense['peak_mib']:.2f}x")
+    row("tokens/s", "tokens_per_s", ",.0f", with_ratio=True)
+    row("peak memory, MiB", "peak_mib", ",.0f", with_ratio=True)
     row("  of it before training", "before_training_mib", ",.0f")
     row("final loss", "final_loss", ".4f")
     for key, form in EVALUATED:

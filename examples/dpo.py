@@ -16,10 +16,9 @@ import quiet  # noqa: F401
 
 import sys
 
+from adapters import add_adapters
 from compare import compare
-from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.trl import DPOTrainer, ModelConfig
-from paddlenlp.trl.llm_utils import get_lora_target_modules
 from preferences import preference_files
 from reports import MASKS, report
 from rows import first_row_groups, packed_preferences
@@ -39,44 +38,35 @@ def parse_arguments() -> tuple:
     )
 
 
-def add_adapters(model_args: ModelConfig, model: object) -> LoRAModel:
-    if model_args.lora_path:
-        model = LoRAModel.from_pretrained(model, model_args.lora_path)
-    else:
-        targets, rank = get_lora_target_modules(model), model_args.lora_rank
-        model = LoRAModel(
-            model, LoRAConfig(target_modules=targets, r=rank, lora_alpha=2 * rank, dtype=model.config.dtype)
-        )
-    model.mark_only_lora_as_trainable()
-    return model
-
-
 def main() -> None:
     model_args, data_args, training_args, dpo_args, example_args = parse_arguments()
-    folder = run_folder(training_args)
+    folder = run_folder(training_args, example_args.compare)
     files = preference_files(folder, data_args, example_args, ranks=(0, 3))
     if example_args.compare:
         compare(__file__, sys.argv[1:], folder, files)
         return
 
-    # 1. The flag, the policy, and the model it is held to: a frozen copy, or itself without its adapters.
+    # 1. The flag.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
+
+    # 2. Prompts with two answers each, packed; an answer sees its prompt and itself. Before the models, so that a
+    # mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
+    dataset, eval_dataset, collator = packed_preferences(tokenizer, data_args, "dpo", mask)
+
+    # 3. The policy, and the model it is held to: a frozen copy, or itself without its adapters.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_seq_len)
     reference = None
     dpo_args.lora = model_args.lora
     if model_args.lora:
-        model = add_adapters(model_args, model)
+        model = add_adapters(model, model_args)
     elif not dpo_args.reference_free:
         reference = flashmask_nlp.reference_model(model)
     if flash_mask:
         flashmask_nlp.check_model(model)
 
-    # 2. Prompts with two answers each, packed; an answer sees its prompt and itself.
-    dataset, eval_dataset, collator = packed_preferences(tokenizer, data_args, "dpo", mask)
-
-    # 3. PaddleNLP's trainer, untouched.
+    # 4. PaddleNLP's trainer, untouched.
     watch = MarginWatch(MASKS[mask], data_args.max_seq_len, "rewards/margins")
     checks = [flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else []
     trainer = DPOTrainer(

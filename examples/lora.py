@@ -1,7 +1,8 @@
 """LoRA fine-tuning with PaddleNLP's LoRAModel and SFTTrainer on packed rows, with FlashMask or with a dense mask.
 
     python examples/lora.py examples/config/lora-tiny-cpu.json    # a small Llama on a laptop
-    python examples/lora.py --model_name_or_path DIR --dataset_name_or_path train.json --flash_mask true
+    python examples/lora.py --model_name_or_path DIR --dataset_name_or_path train.json --flash_mask true \
+        --output_dir out
 
 Arguments are PaddleNLP's (ModelConfig with --lora_rank and --lora_path, DataConfig, SFTConfig) and the few below; a
 JSON file may hold them, and what follows it on the command line wins. Without a model, examples/sft.py first trains a
@@ -18,11 +19,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters import add_adapters, trained_weights
 from compare import compare
 from corpus import write_corpus
-from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
-from paddlenlp.trl.llm_utils import get_lora_target_modules
 from reports import MASKS, report
 from rows import packed_pairs
 from runs import Watch, parse, run_folder, train
@@ -81,37 +81,28 @@ def prepare(
 
 def main() -> None:
     model_args, data_args, training_args, example_args = parse_arguments()
-    folder = run_folder(training_args)
+    folder = run_folder(training_args, example_args.compare)
     prepare(folder, model_args, data_args, training_args, example_args)
     if example_args.compare:
         base = ["--model_name_or_path", model_args.model_name_or_path]
         compare(__file__, [*sys.argv[1:], *base], folder, data_args.dataset_name_or_path)
         return
 
-    # 1. The flag, and a model with adapters: only they are trained.
+    # 1. The flag.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
-    tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
-    model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
-    if model_args.lora_path:
-        model = LoRAModel.from_pretrained(model, model_args.lora_path)
-    else:
-        targets, rank = get_lora_target_modules(model), model_args.lora_rank
-        scale = {"rslora": model_args.rslora, "lora_plus_scale": model_args.lora_plus_scale}
-        model = LoRAModel(
-            model, LoRAConfig(target_modules=targets, r=rank, lora_alpha=2 * rank, dtype=model.config.dtype, **scale)
-        )
-    model.mark_only_lora_as_trainable()
-    if flash_mask:
-        flashmask_nlp.check_model(model)
-    sizes = [(parameter.size, not parameter.stop_gradient) for parameter in model.parameters()]
-    trained = sum(size for size, learns in sizes if learns)
-    print(f"{trained:,} of {sum(size for size, _ in sizes):,} weights are trained (rank {model_args.lora_rank})")
 
-    # 2. Prompts and answers, packed.
+    # 2. Prompts and answers, packed: before the model, so that a mistake in the data shows early.
+    tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
     dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
 
-    # 3. PaddleNLP's trainer, untouched. It saves the adapters: give the folder to --lora_path, or LoRAModel.merge().
+    # 3. A model with adapters: only they are trained.
+    model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
+    model = add_adapters(model, model_args)
+    if flash_mask:
+        flashmask_nlp.check_model(model)
+
+    # 4. PaddleNLP's trainer, untouched. It saves the adapters: give the folder to --lora_path, or LoRAModel.merge().
     watch = Watch(MASKS[mask], data_args.max_length)
     checks = [flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else []
     trainer = SFTTrainer(
@@ -124,7 +115,7 @@ def main() -> None:
         callbacks=[watch, *checks],
     )
     result = {**train(trainer, watch), "mask": mask, "first_row_lengths": dataset[0]["lengths"].tolist()}
-    report("LoRA", folder, {**result, "fill": dataset.stats().fill, "trained_weights": trained})
+    report("LoRA", folder, {**result, "fill": dataset.stats().fill, "trained_weights": trained_weights(model)})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def draw_curves(results: dict[str, dict[str, Any]], key: str, label: str, title:
     for name, style in (("dense", {"lw": 5, "alpha": 0.4}), ("flashmask", {"lw": 1.5})):
         if name in results:
             values = results[name][key]
-            axes.plot(range(1, len(values) + 1), values, label=MASKS[name], **style)
+            first = results[name]["first_step"]  # not 1 in a resumed run
+            axes.plot(range(first, first + len(values)), values, label=MASKS[name], **style)
     axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -30,12 +32,18 @@ def draw_curves(results: dict[str, dict[str, Any]], key: str, label: str, title:
 
 
 def report(title: str, folder: Path, result: dict[str, Any]) -> None:
-    """Write result.json and the curves, and print what matters of it. `result["mask"]` is one of `MASKS`."""
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    """Write result.json and the curves, and print what matters of it. `result["mask"]` is one of `MASKS`.
+
+    A resumed run finds those of the run before it, and writes result-2.json, loss-2.png, ...
+    """
+    suffix = free_suffix(folder)
+    (folder / f"result{suffix}.json").write_text(json.dumps(result, indent=2) + "\n")
     results = {result["mask"]: result}
-    draw_curves(results, "losses", "loss", f"{title}: training loss", folder / "loss.png")
+    written = [f"result{suffix}.json", f"loss{suffix}.png"]
+    draw_curves(results, "losses", "loss", f"{title}: training loss", folder / written[-1])
     if "margins" in result:
-        draw_curves(results, "margins", "reward margin", f"{title}: better minus worse answer", folder / "margin.png")
+        written.append(f"margin{suffix}.png")
+        draw_curves(results, "margins", "reward margin", f"{title}: better minus worse answer", folder / written[-1])
     table = Table(title=f"{title}, {result['steps']} steps, {MASKS[result['mask']]}", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -44,11 +52,22 @@ def report(title: str, folder: Path, result: dict[str, Any]) -> None:
     for key, form in EVALUATED:
         if key in after:
             table.add_row(f"evaluation {key}", format(before[key], form), format(after[key], form))
-    table.add_row("tokens/s", "", f"{result['tokens_per_s']:,.0f}")
+    table.add_row("tokens/s", "", shown(result["tokens_per_s"], ",.0f"))
     table.add_row("peak memory, MiB", "", f"{result['peak_mib']:,.0f}")
     console = Console()
     console.print(table)
-    console.print(f"In {folder}: {', '.join(['result.json', *pictures(folder)])}", highlight=False)
+    console.print(f"In {folder}: {', '.join(written)}", highlight=False)
+
+
+def free_suffix(folder: Path) -> str:
+    """What tells the files of this run from those already in `folder`: nothing, or -2, -3, ..."""
+    suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(suffix for suffix in suffixes if not (folder / f"result{suffix}.json").exists())
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure of a table; "-" where there is none, such as the speed of a single step."""
+    return "-" if value is None else format(value, form)
 
 
 def pictures(folder: Path) -> list[str]:

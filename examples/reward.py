@@ -4,11 +4,11 @@
     python examples/reward.py --model_name_or_path DIR --train_dataset_path data.json --flash_mask true --output_dir out
 
 A decoder (Llama or Qwen2) with a score head learns the order of two or more answers to a prompt, by pairs or, with
---loss_type listwise, by whole lists. Arguments are PaddleNLP's (ModelConfig, TrainingArguments), those of the data
-(PreferenceDataConfig), the few of examples/sft.py and --share_prompt; a JSON file may hold them, and what follows it on
-the command line wins. Without a model a small Llama starts from random weights. Without data it learns to rank four
-docstrings for a function of Python's standard library: nothing is downloaded. --resume_from_checkpoint
-out/checkpoint-20 goes on from there.
+--loss_type listwise, by whole lists. Arguments are PaddleNLP's (ModelConfig, with --lora true for adapters;
+TrainingArguments), those of the data (PreferenceDataConfig), the few of examples/sft.py and --share_prompt; a JSON file
+may hold them, and what follows it on the command line wins. Without a model a small Llama starts from random weights.
+Without data it learns to rank four docstrings for a function of Python's standard library: nothing is downloaded.
+--resume_from_checkpoint out/checkpoint-20 goes on from there.
 """
 
 import quiet  # noqa: F401
@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field
 
 import paddle
+from adapters import add_adapters
 from compare import compare
 from paddlenlp.transformers import AutoConfig
 from paddlenlp.transformers.configuration_utils import LlmMetaConfig
@@ -51,16 +52,24 @@ def parse_arguments() -> tuple:
 
 def main() -> None:
     model_args, data_args, training_args, reward_args, example_args = parse_arguments()
-    folder = run_folder(training_args)
+    folder = run_folder(training_args, example_args.compare)
     files = preference_files(folder, data_args, example_args, ranks=(0, 1, 2, 3))
     if example_args.compare:
         compare(__file__, sys.argv[1:], folder, files)
         return
 
-    # 1. The flag, and a decoder with a score head: a causal language model's checkpoint gives the decoder.
+    # 1. The flag.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
+
+    # 2. Prompts with two or more answers each, packed; an answer sees its prompt and itself. Before the model, so that
+    # a mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
+    dataset, eval_dataset, collator = packed_preferences(
+        tokenizer, data_args, "reward", mask, example_args.share_prompt
+    )
+
+    # 3. A decoder with a score head: a causal language model's checkpoint gives the decoder.
     name = model_args.model_name_or_path
     small = small_config(example_args, tokenizer, data_args.max_seq_len)
     config = AutoConfig.from_pretrained(name) if name else small
@@ -69,15 +78,13 @@ def main() -> None:
     model_class = flashmask_nlp.score_model_class(config)
     dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
     model = model_class.from_pretrained(name, config=config, dtype=dtype) if name else model_class(config)
+    if model_args.lora:
+        # The head is new, so that it is trained itself.
+        model = add_adapters(model, model_args, also_trained=[".*score_head.*"])
     if flash_mask:
         flashmask_nlp.check_model(model)
 
-    # 2. Prompts with two or more answers each, packed; an answer sees its prompt and itself.
-    dataset, eval_dataset, collator = packed_preferences(
-        tokenizer, data_args, "reward", mask, example_args.share_prompt
-    )
-
-    # 3. PaddleNLP's Trainer with a loss over the answers of each prompt.
+    # 4. PaddleNLP's Trainer with a loss over the answers of each prompt.
     watch = MarginWatch(MASKS[mask], data_args.max_seq_len, "margin")
     checks = [flashmask_nlp.VerifyCallback()] if flash_mask and example_args.flash_mask_verify else []
     trainer = flashmask_nlp.RewardTrainer(

@@ -28,17 +28,41 @@ def new_folder(path: Path) -> Path:
 def parse(*classes: type) -> tuple[Any, ...]:
     """One object of each class from the command line, whose first word may be a JSON file with arguments."""
     parser = PdArgumentParser(classes)
+    parser.set_defaults(logging_steps=1)  # `Watch` needs every loss; PaddleNLP's default is 500
     if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
         return parser.parse_json_file_and_cmd_lines()
     return parser.parse_args_into_dataclasses()
 
 
-def run_folder(training_args: Any) -> Path:
-    """The folder of --output_dir: a new one, or with --resume_from_checkpoint the one that is there."""
-    folder = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint is None:
+def run_folder(training_args: Any, compare: bool) -> Path:
+    """The folder of --output_dir: a new one, or with --resume_from_checkpoint the one that is there.
+
+    What would fail only after the model is loaded, or after training, ends the program here.
+    """
+    if training_args.world_size > 1:
+        raise SystemExit(
+            f"the examples run in one process, got {training_args.world_size} processes; for several, write a script "
+            "of your own: docs/paddlenlp.md"
+        )
+    strategy = training_args.logging_strategy.value
+    if strategy != "steps" or training_args.logging_steps != 1:
+        raise SystemExit(
+            "--logging_steps must be 1 and --logging_strategy steps, because the report needs the loss of every step; "
+            f"got {training_args.logging_steps} and {strategy}"
+        )
+    folder, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    if checkpoint is None:
         folder = new_folder(folder)
         training_args.output_dir = str(folder)
+        return folder
+    if compare:
+        raise SystemExit(
+            "--resume_from_checkpoint with --compare true: resume one of the two runs, with --compare false, its own "
+            "--output_dir and its --flash_mask"
+        )
+    if not Path(checkpoint).is_dir():
+        raise SystemExit(f"--resume_from_checkpoint must be a folder that a run has saved, got {checkpoint}")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -67,6 +91,7 @@ class Watch(TrainerCallback):
         self.tokens_per_row = tokens_per_row
         self.losses: list[float] = []
         self.step_ends: list[float] = []
+        self.first_step = 1
         self.before_training = 0.0
         self.tokens_per_step = 0
         self.bar = Progress(
@@ -81,6 +106,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
         self.tokens_per_step = rows * self.tokens_per_row
+        self.first_step = state.global_step + 1
         self.before_training = memory_mib("VmRSS")
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss="")
         self.bar.start()
@@ -100,15 +126,18 @@ class Watch(TrainerCallback):
         self.bar.stop()
 
     def result(self) -> dict[str, Any]:
-        """Speed (tokens/s, padding included), memory of the process at its peak and before training, losses."""
-        if len(self.step_ends) < 2:
-            raise ValueError(f"--max_steps must be at least 2 to measure a speed, got {len(self.step_ends)}")
-        seconds = self.step_ends[-1] - self.step_ends[0]
+        """Speed (tokens/s, padding included), memory of the process at its peak and before training, losses.
+
+        The speed is None where there are no two steps to measure it.
+        """
+        timed = len(self.step_ends) - 1
+        speed = self.tokens_per_step * timed / (self.step_ends[-1] - self.step_ends[0]) if timed > 0 else None
         return {
-            "tokens_per_s": self.tokens_per_step * (len(self.step_ends) - 1) / seconds,
+            "tokens_per_s": speed,
             "peak_mib": memory_mib("VmHWM"),
             "before_training_mib": self.before_training,
             "losses": self.losses,
+            "first_step": self.first_step,
             "steps": len(self.step_ends),
             "seq_len": self.tokens_per_row,
         }

@@ -109,7 +109,9 @@ def load_model(
 
 def main() -> None:
     model_args, data_args, training_args, example_args = parse_arguments()
-    folder = run_folder(training_args)
+    if model_args.lora:
+        raise SystemExit("--lora true: this example trains all weights; use examples/lora.py")
+    folder = run_folder(training_args, example_args.compare)
     if data_args.dataset_name_or_path is None:
         data_args.dataset_name_or_path = str(folder / "data")
         print("Reading the docstrings of Python's standard library", flush=True)
@@ -122,14 +124,15 @@ def main() -> None:
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
     mask = "flashmask" if flash_mask else "dense"
 
-    # 2. A model as always.
+    # 2. Prompts and answers, packed: many samples a row, none of which sees another. First, so that a mistake in the
+    # data shows before a large model is loaded.
     tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
+    dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
+
+    # 3. A model as always.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
     if flash_mask:
         flashmask_nlp.check_model(model)
-
-    # 3. Prompts and answers, packed: many samples a row, none of which sees another.
-    dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
 
     # 4. PaddleNLP's trainer, untouched. With --flash_mask_verify true the first batch is checked layer by layer.
     watch = Watch(MASKS[mask], data_args.max_length)

@@ -92,6 +92,7 @@ class Library:
             "flashmask_params_bytes": (ctypes.c_int64, []),
             "flashmask_last_error": (ctypes.c_char_p, []),
             "flashmask_cpu_isa": (ctypes.c_char_p, []),
+            "flashmask_kernel_name": (ctypes.c_char_p, [params, ctypes.c_int32]),
             "flashmask_forward_workspace_bytes": (ctypes.c_int64, [params]),
             "flashmask_backward_workspace_bytes": (ctypes.c_int64, [params]),
             "flashmask_forward": (ctypes.c_int32, [params]),
@@ -121,9 +122,7 @@ class Library:
         Raises:
             NotImplementedError: none; the message says why.
         """
-        function = self._library.flashmask_kernel_name
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.POINTER(Params), ctypes.c_int32]
-        name = function(ctypes.byref(params), backward)
+        name = self._library.flashmask_kernel_name(ctypes.byref(params), backward)
         if name is None:
             raise NotImplementedError(self._error())
         return str(name.decode())
@@ -258,6 +257,8 @@ class _Call:
         isa: str,
         flags: int,
     ) -> None:
+        if isa not in ISA:
+            raise ValueError(f"isa: expected one of {', '.join(ISA)}, got {isa!r}")
         q, k, v = (_operand(name, array) for name, array in (("q", q), ("k", k), ("v", v)))
         if not q.dtype == k.dtype == v.dtype:
             raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")

@@ -20,6 +20,7 @@ from .masks import TileClass
 from .masks._arguments import integer, shown
 from .masks._intervals import ColumnIntervals, ResolvedMask, resolve
 from .masks._validate import BLOCK
+from .masks.blocks import tile_edges
 from .masks.windows import WindowSize
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _draw_blocks(mask: ResolvedMask, tile: tuple[int, int], title: str | None, a
     arguments = _arguments_of(mask)
     classes = masks.block_classes(**arguments, tile=tile)[0, 0]
     stats = masks.block_stats(**arguments, tile=tile)
-    rows, columns = _tile_edges(mask.seqlen_q, tile[0]), _tile_edges(mask.seqlen_k, tile[1])
+    rows, columns = tile_edges(mask.seqlen_q, tile[0]), tile_edges(mask.seqlen_k, tile[1])
     grid = max(classes.shape) <= 64
     if max(classes.shape) > MAX_CELLS:
         picked = [np.unique(np.linspace(0, n - 1, min(n, MAX_CELLS)).astype(int)) for n in classes.shape]
@@ -313,10 +314,6 @@ def _legend(ax: Axes, handles: list[Any], columns: int) -> None:
         fontsize=9,
         handlelength=1.2,
     )
-
-
-def _tile_edges(size: int, step: int) -> npt.NDArray[np.int64]:
-    return np.append(np.arange(0, size, step), size)
 
 
 def visible_fraction(

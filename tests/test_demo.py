@@ -117,11 +117,25 @@ def test_evaluation_and_resume(demo, tmp_path):
     whole = json.loads((out / "result.json").read_text())
     assert whole["evaluation"]["after"]["loss"] < whole["evaluation"]["before"]["loss"]
     assert (out / "model_state.pdparams").exists()
-    assert (out / "loss.png").exists()
+    before = {name: (out / name).read_bytes() for name in ("result.json", "loss.png")}
     sft(tmp_path, **settings, resume_from_checkpoint=out / "checkpoint-2")
-    resumed = json.loads((out / "result.json").read_text())
+    for name, content in before.items():
+        assert (out / name).read_bytes() == content, "a resumed run writes files of its own"
+    assert (out / "loss-2.png").stat().st_size > 5000
+    resumed = json.loads((out / "result-2.json").read_text())
+    assert (whole["first_step"], resumed["first_step"], resumed["steps"]) == (1, 3, 2)
     np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], rtol=1e-5)
     assert resumed["evaluation"]["after"]["loss"] == pytest.approx(whole["evaluation"]["after"]["loss"], rel=1e-5)
+
+
+def test_one_step_has_no_speed(demo, tmp_path):
+    data = demo[0] / "runs" / "demo" / "data"
+    printed = sft(tmp_path, dataset_name_or_path=data, output_dir=tmp_path / "out", max_steps=1).stdout
+    for name in ("flashmask", "dense"):
+        assert json.loads((tmp_path / "out" / name / "result.json").read_text())["tokens_per_s"] is None
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["dense"]["tokens_per_s"] is None
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "tokens/s" in line]
+    assert shown == [["tokens/s", "", "-"], ["tokens/s", "", "-"], ["tokens/s", "-", "-", ""]]
 
 
 def test_nothing_is_written_elsewhere(demo):

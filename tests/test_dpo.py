@@ -226,6 +226,22 @@ def test_sft_loss_counts_token_0(dataset, tmp_path):
         assert float(criterion(logits, labels)[2]) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("given", ["argument", "criterion"])
+def test_ignore_eos_token_is_refused(given, dataset, tmp_path):
+    """PaddleNLP's offset would skip the first token of each rejected answer: it is learned in this layout."""
+    config = flashmask_nlp.DPOConfig(reference_free=True)
+    net = model("Llama", use_flash_attention=True)
+    skips = {"ignore_eos_token": True}
+    settings = skips if given == "argument" else {"dpo_criterion": DPOCriterion(net.config, config, **skips)}
+    common = {"model": net, "dpo_config": config, "args": arguments(tmp_path), "train_dataset": dataset}
+    collator = flashmask_nlp.PreferenceCollator(LENGTH, "dpo")
+    with flashmask_nlp.enabled():
+        with pytest.raises(ValueError, match="ignore_eos_token must be False with a PreferenceCollator, got True"):
+            DPOTrainer(**common, **settings, data_collator=collator)
+        assert not DPOTrainer(**common, data_collator=collator).dpo_criterion.ignore_eos_token
+        assert DPOTrainer(**common, **settings, data_collator=list).dpo_criterion.ignore_eos_token, "another layout"
+
+
 def test_reference_model_is_a_frozen_copy():
     net = model("Llama")
     frozen = flashmask_nlp.reference_model(net)

@@ -82,6 +82,28 @@ def test_reward_and_resume(dpo, tmp_path):
     assert len(whole["losses"]) == len(whole["margins"]) == STEPS
     assert (tmp_path / "out" / "model_state.pdparams").exists()
     run("reward", tmp_path, **settings, resume_from_checkpoint="out/checkpoint-2")
-    resumed = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == whole, "not overwritten"
+    resumed = json.loads((tmp_path / "out" / "result-2.json").read_text())
+    assert (tmp_path / "out" / "margin-2.png").exists()
     np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], rtol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "a resumed run goes on in its folder"
+
+
+def test_reward_with_adapters(dpo, tmp_path):
+    """--lora true trains adapters and the score head, saves both, and --lora_path reads both."""
+    data = dpo[0] / "data"
+    settings = {
+        "compare": "false",
+        "lora": "true",
+        "train_dataset_path": data / "preferences.json",
+        "dev_dataset_path": data / "preferences-dev.json",
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+    }
+    printed = run("reward", tmp_path, **settings, save_strategy="steps", save_steps=STEPS, output_dir="first")
+    assert "weights are trained (rank 8)" in printed
+    first = json.loads((tmp_path / "first" / "result.json").read_text())["evaluation"]
+    assert first["after"]["loss"] != pytest.approx(first["before"]["loss"], rel=1e-4)
+    run("reward", tmp_path, **{**settings, "max_steps": 1}, lora_path="first", output_dir="second")
+    second = json.loads((tmp_path / "second" / "result.json").read_text())["evaluation"]
+    assert second["before"]["loss"] == pytest.approx(first["after"]["loss"], rel=1e-5)

@@ -218,6 +218,7 @@ def test_one_function_under_every_name():
     assert by_incubate is flashmask_attention is paddle_flashmask.flashmask_attention
     assert paddle_flashmask.incubate.nn.functional.flashmask_attention is flashmask_attention
     assert {"flashmask_attention", "masks", "incubate"} <= set(dir(paddle_flashmask))
+    assert paddle_flashmask.paddleformers.__name__ == "paddle_flashmask.paddleformers"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         paddle_flashmask.nothing  # noqa: B018
 

@@ -174,9 +174,10 @@ def test_example(tmp_path):
     assert (folder / "lora_config.json").exists()
     assert list(folder.glob("*lora*")) or list(folder.glob("*peft*"))
     # The same run, continued from its second step, ends where it ended.
-    (folder / "result.json").unlink()
     data = {"dataset_name_or_path": folder / "data", "model_name_or_path": folder / "base"}
-    again, _ = run_example(folder, resume_from_checkpoint=folder / "checkpoint-2", **data)
+    unchanged, _ = run_example(folder, resume_from_checkpoint=folder / "checkpoint-2", **data)
+    assert unchanged == result
+    again = json.loads((folder / "result-2.json").read_text())
     np.testing.assert_allclose(again["losses"], result["losses"][2:], rtol=1e-5)
     after = result["evaluation"]["after"]["loss"]
     assert again["evaluation"]["after"]["loss"] == pytest.approx(after, rel=1e-5)

@@ -126,6 +126,10 @@ class TestPackedDataset:
         with pytest.raises(error, match=message):
             PackedDataset(samples, 8)
 
+    def test_bad_strategy_is_told_before_the_samples_are_made(self):
+        with pytest.raises(ValueError, match="strategy must be one of greedy, in_order, got 'gredy'"):
+            PackedDataset((pytest.fail("a sample was made") for _ in range(1)), 8, strategy="gredy")
+
     def test_bad_too_long(self):
         with pytest.raises(ValueError, match="too_long must be one of error, skip"):
             PackedDataset([sample(1)], 8, too_long="truncate")
@@ -188,10 +192,28 @@ class TestPackingCollator:
             PackingCollator(4)([])
         with pytest.raises(ValueError, match="mask must be one of flashmask, dense, got 'sparse'"):
             PackingCollator(4, mask="sparse")
-        with pytest.raises(TypeError, match="pad_token_id must be an integer, got NoneType"):
+        with pytest.raises(TypeError, match=r"pad_token_id must be an integer, got NoneType.*tokenizer\.eos_token_id"):
             PackingCollator(4, pad_token_id=None)
+        with pytest.raises(TypeError, match=r"pad_token_id must be an integer, got str$"):
+            PackingCollator(4, pad_token_id="<pad>")
         with pytest.raises(ValueError, match="max_length must be at least 1"):
             PackingCollator(0)
+
+    def test_rows_of_something_else(self):
+        row = dict(self.rows[0])
+        del row["position_ids"]
+        with pytest.raises(TypeError, match=r"rows\[1\] must be a row of PackedDataset, with position_ids; got \["):
+            PackingCollator(7)([self.rows[0], row])
+        with pytest.raises(TypeError, match=r"rows\[0\] must be a row of PackedDataset, with .*lengths; got list"):
+            PackingCollator(7)([[1, 2]])
+
+    def test_a_dense_mask_that_the_environment_drops(self, monkeypatch):
+        monkeypatch.setenv("USE_CASUAL_MASK", "True")
+        with pytest.raises(ValueError, match=r'mask="dense" with USE_CASUAL_MASK=True.*Unset USE_CASUAL_MASK'):
+            PackingCollator(7, mask="dense")
+        PackingCollator(7)
+        monkeypatch.setenv("USE_CASUAL_MASK", "False")
+        PackingCollator(7, mask="dense")
 
 
 class Tokenizer:

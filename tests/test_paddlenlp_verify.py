@@ -24,7 +24,8 @@ def batch():
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2Moe", "DeepseekV2"])
 def test_passes(family, batch):
-    report = verify_function(model(family, use_flash_attention=True), batch)
+    with flashmask_nlp.enabled():
+        report = verify_function(model(family, use_flash_attention=True), batch)
     assert len(report.layers) == 2
     assert report.passed
     assert not report.warnings
@@ -154,6 +155,34 @@ def test_positions_that_do_not_fit_the_mask(batch):
     leaking = {**batch, ROWS: paddle.full_like(batch[ROWS], LENGTH)}
     with pytest.raises(ValueError, match=r"restart at token 13 of row 0, but .* see 13 earlier tokens"):
         verify_function(net, leaking)
+
+
+def test_says_that_the_routing_is_off(batch):
+    report = verify_function(model("Llama", use_flash_attention=True), batch)
+    assert report.passed
+    assert report.warnings == ("the routing is off outside this check: call enable() before training",)
+    assert "call enable()" in str(report)
+    assert not flashmask_nlp.is_enabled()
+
+
+def test_row_indices_of_one_sequence_for_a_batch(batch):
+    net = model("Llama", use_flash_attention=True)
+    one = {ROWS: batch[ROWS][:1]}
+    four = {key: value[:1].expand([4, LENGTH]) for key, value in batch.items() if key != ROWS}
+    assert verify_function(net, {**four, **one}).passed
+    # The mask of the batch's sequences is looked at in each of them.
+    running = four["position_ids"].clone()
+    running[2] = paddle.arange(LENGTH)
+    report = verify_function(net, {**four, **one, "position_ids": running})
+    assert "token 13 of row 2 sees no earlier token" in report.warnings[0]
+
+
+@pytest.mark.parametrize("shape", [[3, LENGTH], [2, LENGTH - 1], [2, 1, LENGTH], []])
+def test_position_ids_of_another_shape(shape, batch):
+    with pytest.raises(ValueError, match=rf"position_ids must have shape \[2, {LENGTH}\] .*, got \{shape}"):
+        verify_function(
+            model("Llama", use_flash_attention=True), {**batch, "position_ids": paddle.zeros(shape, dtype="int64")}
+        )
 
 
 def test_bad_input(batch):

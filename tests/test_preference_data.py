@@ -256,8 +256,25 @@ def test_bad_collator():
         flashmask_nlp.PreferenceCollator(LENGTH, "dpo")([])
     with pytest.raises(ValueError, match=r"rows\[0\] has 5 tokens, more than 4"):
         flashmask_nlp.PreferenceCollator(4, "dpo")([dataset[0]])
-    with pytest.raises(TypeError, match="pad_token_id must be an integer, got NoneType"):
+    with pytest.raises(TypeError, match=r"pad_token_id must be an integer, got NoneType.*tokenizer\.eos_token_id"):
         flashmask_nlp.PreferenceCollator(LENGTH, "dpo", pad_token_id=None)
+    row = dict(dataset[0])
+    del row["position_ids"]
+    with pytest.raises(TypeError, match=r"rows\[0\] must be a row of PreferenceDataset, with position_ids; got \["):
+        flashmask_nlp.PreferenceCollator(LENGTH, "dpo")([row])
+
+
+def test_a_dense_mask_that_the_environment_drops(monkeypatch):
+    monkeypatch.setenv("USE_CASUAL_MASK", "True")
+    with pytest.raises(ValueError, match=r'mask="dense" with USE_CASUAL_MASK=True.*Unset USE_CASUAL_MASK'):
+        flashmask_nlp.PreferenceCollator(LENGTH, "dpo", mask="dense")
+    flashmask_nlp.PreferenceCollator(LENGTH, "dpo")
+
+
+def test_bad_strategy_is_told_before_the_samples_are_made():
+    samples = (pytest.fail("a sample was made") for _ in range(1))
+    with pytest.raises(ValueError, match="strategy must be one of greedy, in_order, got 'gredy'"):
+        flashmask_nlp.PreferenceDataset(samples, LENGTH, "dpo", strategy="gredy")
 
 
 def test_stats_against_the_masks(capsys):

@@ -1,1 +1,1 @@
-"""The same call under the path that it has in `paddle.incubate`-style code."""
+"""The same call under the path that code written for `paddle.incubate.nn.functional` expects."""

@@ -136,7 +136,7 @@ def block_stats(
     )
     scores = mask.seqlen_q * mask.seqlen_k * mask_batch * mask_heads
     tile_rows, tile_columns = (
-        np.diff(_edges(size, step)) for size, step in ((mask.seqlen_q, tile[0]), (mask.seqlen_k, tile[1]))
+        np.diff(tile_edges(size, step)) for size, step in ((mask.seqlen_q, tile[0]), (mask.seqlen_k, tile[1]))
     )
     computed_columns = (classes != TileClass.FULLY_MASKED) @ tile_columns  # scores of each row of tiles / its rows
     computed = int(computed_columns.sum(axis=(0, 1)) @ tile_rows)
@@ -156,15 +156,15 @@ def _parse_tile(tile: Any) -> tuple[int, int]:
     return integer("tile[0]", tile[0], 1), integer("tile[1]", tile[1], 1)
 
 
-def _edges(size: int, step: int) -> npt.NDArray[np.int64]:
+def tile_edges(size: int, step: int) -> npt.NDArray[np.int64]:
     """0, step, 2 * step, ..., size: tile k is [edges[k], edges[k + 1])."""
     return np.append(np.arange(0, size, step), size)
 
 
 def _classify(mask: ResolvedMask, intervals: ColumnIntervals, tile: tuple[int, int]) -> npt.NDArray[np.int8]:
     """ColumnTileSummary::classify of mask.h for all tiles at once."""
-    rows = _edges(mask.seqlen_q, tile[0])
-    columns = _edges(mask.seqlen_k, tile[1])
+    rows = tile_edges(mask.seqlen_q, tile[0])
+    columns = tile_edges(mask.seqlen_k, tile[1])
     begin, end = rows[:-1, None], rows[1:, None]
     all_masked, none_masked = [], []
     for starts, ends in ((intervals.lower_start, intervals.lower_end), (intervals.upper_start, intervals.upper_end)):

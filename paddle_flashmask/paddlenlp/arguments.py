@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import paddle
 
+from ._common import drops_masks_by_environment
 from .families import MODELS
 from .guards import ROW_INDICES, accepts_row_indices
-from .switch import enable
+from .switch import enable, expect_row_indices
 
 __all__ = ["check_model", "enable_from_args"]
 
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 def _flag(args: Any, name: str, default: Any = None) -> Any:
     return getattr(args, name, default) if args is not None else default
+
+
+def _device(training_args: Any) -> str:
+    return str(_flag(training_args, "device", "") or paddle.get_device()).split(":")[0]
 
 
 def _contradictions(model_args: Any, training_args: Any) -> list[str]:
@@ -37,7 +41,7 @@ def _contradictions(model_args: Any, training_args: Any) -> list[str]:
         found.append("--enable_auto_parallel true: those models take no row indices. Use --enable_auto_parallel false")
     if _flag(model_args, "prefix_tuning", False):
         found.append("--prefix_tuning true: the prefix adds keys that row indices do not describe. Use --lora true")
-    device = str(_flag(training_args, "device", "") or paddle.get_device()).split(":")[0]
+    device = _device(training_args)
     if device not in ("cpu", "gpu"):
         found.append(f"--device {device}: PaddleNLP ignores row indices there. Use --device gpu or --device cpu")
     return found
@@ -72,6 +76,7 @@ def enable_from_args(model_args: Any, training_args: Any, model: Any = None) -> 
     if contradictions:
         raise ValueError("--flash_mask true contradicts\n  " + "\n  ".join(contradictions))
     enable()
+    expect_row_indices()
     if not _flag(training_args, "use_flash_attention", False):
         logger.info("--flash_mask true sets --use_flash_attention true")
         training_args.use_flash_attention = True
@@ -80,20 +85,37 @@ def enable_from_args(model_args: Any, training_args: Any, model: Any = None) -> 
     return True
 
 
-def _check_dense(training_args: Any) -> None:
-    from .routing import drops_dense_mask
+def _reaches_flash_attn(device: str, training_args: Any) -> bool:
+    """Whether Paddle 3.3 takes its flash attention, the only one of its kernels that gets the mask there."""
+    if device != "gpu" or not (_flag(training_args, "bf16", False) or _flag(training_args, "fp16", False)):
+        return False
+    return not paddle.is_compiled_with_cuda() or paddle.device.cuda.get_device_capability() >= (8, 0)
 
+
+def _check_dense(training_args: Any) -> None:
+    from .routing import ROUTED_DEVICES, drops_dense_mask
+
+    # PaddleNLP looks at it whatever use_flash_attention says, and enable() is not called here: no guard will see it.
+    # For rows of one sample each it is right, so it is refused only where samples are packed (the collators).
+    if drops_masks_by_environment():
+        logger.warning(
+            "USE_CASUAL_MASK=True in the environment without --flash_mask: PaddleNLP ignores attention masks then and "
+            "trains plain causal attention, across the samples of packed rows. Unset USE_CASUAL_MASK for those, or use "
+            "--flash_mask true"
+        )
     if not _flag(training_args, "use_flash_attention", False):
         return
-    on_cpu = str(_flag(training_args, "device", "") or paddle.get_device()).startswith("cpu")
-    if on_cpu and drops_dense_mask():
+    device = _device(training_args)
+    if device in ROUTED_DEVICES and not _reaches_flash_attn(device, training_args) and drops_dense_mask():
+        where, instead = "on the CPU", ""
+        if device != "cpu":
+            where = "on a GPU in float32 or below compute capability 8.0"
+            instead = ", or --bf16 true on a GPU of 8.0 or above"
         raise ValueError(
-            f"--use_flash_attention true without --flash_mask on the CPU: Paddle {paddle.__version__} ignores the "
+            f"--use_flash_attention true without --flash_mask {where}: Paddle {paddle.__version__} ignores the "
             "dense attention mask there and trains plain causal attention. Use --flash_mask true, or "
-            "--use_flash_attention false"
+            f"--use_flash_attention false{instead}"
         )
-    if os.getenv("USE_CASUAL_MASK") == "True":
-        logger.warning("USE_CASUAL_MASK=True: PaddleNLP ignores attention masks and trains plain causal attention")
 
 
 def check_model(model: Any) -> None:

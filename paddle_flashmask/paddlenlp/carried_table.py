@@ -68,7 +68,7 @@ def carried_patches() -> list[Patch]:
         table.append(Patch(f"{_TRANSFORMERS}.{target}", build, reason, **more))
 
     no_argument = "the model has no argument for row indices"
-    builds_mask = "a dense mask is built in vain"
+    builds_mask = "an O(N^2) dense mask is built that nothing uses"
     options: dict[str, dict[str, Any]] = {
         "chatglm_v2": {"contradictions": _chatglm_contradictions, "length_first": True},
         "gpt": {"contradictions": _gpt_contradictions},

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import paddle
 
+from ._common import drops_masks_by_environment
 from .patching import stands_in_for
 
 __all__ = [
     "ROW_INDICES",
     "accepts_row_indices",
     "guard_attention",
+    "guard_dpo_layout",
     "guard_generation",
     "guard_model",
     "guard_prepared_inputs",
@@ -89,7 +90,7 @@ def _check_model(model: Any, rows: Any, mask: Any) -> None:
             f"{ROW_INDICES} with config.alibi=True: {type(model).__name__} leaves alibi out when it gets row indices. "
             "Use a model with rotary positions, or a dense attention_mask with use_flash_attention=False"
         )
-    dropped = rows is None and mask is not None and os.getenv("USE_CASUAL_MASK") == "True"
+    dropped = rows is None and mask is not None and drops_masks_by_environment()
     # What a static program will be given is not known while it is built.
     if dropped and not (paddle.in_dynamic_mode() and _looks_plain_causal(mask)):
         raise ValueError(
@@ -195,3 +196,21 @@ def guard_generation(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, model, inputs, prediction_loss_only, ignore_keys)
 
     return prediction_step
+
+
+def guard_dpo_layout(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``DPOTrainer.__init__``: a loss that skips what is a learned token in ``PreferenceCollator``'s rows."""
+    from .shared_prompt import PreferenceCollator
+
+    @stands_in_for(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # The criterion, not the argument: one that is given brings its own setting. In a model it is always off.
+        skips = getattr(getattr(self, "dpo_criterion", None), "ignore_eos_token", False)
+        if skips and isinstance(self.data_collator, PreferenceCollator):
+            raise ValueError(
+                "ignore_eos_token must be False with a PreferenceCollator, got True: the loss would leave out the "
+                "first token of every rejected answer, and of no chosen one. False is the default of DPOTrainer"
+            )
+
+    return __init__

@@ -15,6 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import paddle
 
+from ._common import (
+    refuse_dropped_mask,
+    require_choice,
+    require_keys,
+    require_pad_token,
+    require_positive,
+    spread,
+    token_ids,
+)
+
 __all__ = ["IGNORE", "PackedDataset", "PackingCollator", "encode_pair", "pack_lengths"]
 
 logger = logging.getLogger(__name__)
@@ -22,31 +32,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 """Label of a token that is not learned: the default ``ignore_index`` of PaddleNLP's criteria."""
 
-
-def _require_positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
-def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _spread(sizes: Sequence[int] | np.ndarray) -> tuple[int, int, int]:
-    """Shortest, median and longest."""
-    return int(min(sizes)), int(np.median(sizes)), int(max(sizes))
-
-
-def _token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
-    ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-    # Some tokenizers close every text; between prompt and answer the end must not stand.
-    if add_special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
+STRATEGIES = ("greedy", "in_order")
 
 
 def _turns(name: str, text: str | Sequence[str]) -> list[str]:
@@ -89,8 +75,8 @@ def encode_pair(tokenizer: Any, source: str | Sequence[str], target: str | Seque
     tokens: list[int] = []
     learned: list[int] = []
     for number, (asked, answered) in enumerate(zip(sources, targets, strict=True)):
-        prompt = _token_ids(tokenizer, asked, add_special_tokens=number == 0)
-        answer = _token_ids(tokenizer, answered, add_special_tokens=False)
+        prompt = token_ids(tokenizer, asked, add_special_tokens=number == 0)
+        answer = token_ids(tokenizer, answered, add_special_tokens=False)
         if not answer:
             raise ValueError(f"target must not be empty, got {answered!r} in turn {number}")
         answer.append(tokenizer.eos_token_id)
@@ -117,8 +103,8 @@ def pack_lengths(
     Raises:
         TypeError, ValueError: ``max_length``, ``strategy`` or a length is out of range.
     """
-    max_length = _require_positive("max_length", max_length)
-    _require_choice("strategy", strategy, ("greedy", "in_order"))
+    max_length = require_positive("max_length", max_length)
+    require_choice("strategy", strategy, STRATEGIES)
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.ndim != 1:
         raise ValueError(f"lengths must be one-dimensional, got shape {list(sizes.shape)}")
@@ -209,8 +195,10 @@ class PackedDataset(paddle.io.Dataset):
         too_long: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
-        self.max_length = _require_positive("max_length", max_length)
-        _require_choice("too_long", too_long, ("error", "skip"))
+        self.max_length = require_positive("max_length", max_length)
+        # Before the samples are read: making them may take long.
+        require_choice("strategy", strategy, STRATEGIES)
+        require_choice("too_long", too_long, ("error", "skip"))
         self._samples: list[tuple[np.ndarray, np.ndarray]] = []
         self.skipped = 0
         longest = 0
@@ -260,7 +248,7 @@ class PackedDataset(paddle.io.Dataset):
         return PackingStats(
             samples=len(sizes),
             skipped=self.skipped,
-            sample_lengths=_spread(sizes),
+            sample_lengths=spread(sizes),
             rows=len(self.rows),
             max_length=self.max_length,
             tokens=int(sizes.sum()),
@@ -304,24 +292,28 @@ class PackingCollator:
 
     Args:
         max_length: tokens of a row.
-        pad_token_id: token of the padding.
+        pad_token_id: token of the padding, which is masked: any will do, ``eos`` too.
         mask: ``flashmask`` or ``dense``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or ``mask`` is ``dense`` where the environment has
+            ``USE_CASUAL_MASK=True``: PaddleNLP would ignore the mask.
     """
 
     def __init__(
         self, max_length: int, pad_token_id: int = 0, mask: Literal["flashmask", "dense"] = "flashmask"
     ) -> None:
-        self.max_length = _require_positive("max_length", max_length)
-        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, (int, np.integer)):
-            raise TypeError(f"pad_token_id must be an integer, got {type(pad_token_id).__name__}")
-        _require_choice("mask", mask, ("flashmask", "dense"))
-        self.pad_token_id = int(pad_token_id)
+        self.max_length = require_positive("max_length", max_length)
+        self.pad_token_id = require_pad_token(pad_token_id)
+        require_choice("mask", mask, ("flashmask", "dense"))
+        refuse_dropped_mask(mask)
         self.mask = mask
 
     def __call__(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Collate rows of a ``PackedDataset``.
 
         Raises:
+            TypeError: a row lacks what a ``PackedDataset`` puts into it.
             ValueError: no row, or a row longer than ``max_length``.
         """
         if len(rows) == 0:
@@ -333,6 +325,7 @@ class PackingCollator:
             "position_ids": np.zeros(shape, dtype=np.int64),
         }
         for index, row in enumerate(rows):
+            require_keys(index, row, (*batch, "lengths"), "PackedDataset")
             used = len(row["input_ids"])
             if used > self.max_length:
                 raise ValueError(f"rows[{index}] has {used} tokens, more than max_length={self.max_length}")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from .packing import _require_positive, _token_ids
+from ._common import require_positive, token_ids
 
 __all__ = ["EncodedPreference", "Preference", "encode_preference", "read_preferences"]
 
@@ -52,7 +52,7 @@ def read_preferences(path: str | os.PathLike[str], responses: int | None = None)
         FileNotFoundError: no such file.
         ValueError: a line that is not of the format. The message names file and line.
     """
-    if responses is not None and _require_positive("responses", responses) < 2:
+    if responses is not None and require_positive("responses", responses) < 2:
         raise ValueError(f"responses must be at least 2 or None, got {responses}")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -126,7 +126,7 @@ def encode_preference(tokenizer: Any, sample: Mapping[str, Any]) -> EncodedPrefe
     checked = _checked(sample)
     prompt: list[int] = []
     for number, turn in enumerate(checked["src"]):
-        prompt += _token_ids(tokenizer, turn, add_special_tokens=number == 0)
+        prompt += token_ids(tokenizer, turn, add_special_tokens=number == 0)
         if number < len(checked["tgt"]):
             prompt += _answer(tokenizer, checked["tgt"][number])
     if not prompt:
@@ -141,7 +141,7 @@ def encode_preference(tokenizer: Any, sample: Mapping[str, Any]) -> EncodedPrefe
 
 
 def _answer(tokenizer: Any, text: str) -> list[int]:
-    tokens: Sequence[int] = _token_ids(tokenizer, text, add_special_tokens=False)
+    tokens: Sequence[int] = token_ids(tokenizer, text, add_special_tokens=False)
     if not tokens:
         raise ValueError(f"an answer has no tokens: {text!r}")
     return [*tokens, tokenizer.eos_token_id]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,12 @@ import paddle.nn.functional as F
 from paddle_flashmask.functional import flashmask_attention
 
 from .patching import stands_in_for
+from .switch import row_indices_are_missed
 from .watch import report_call
 
 __all__ = ["as_startend_row_indices", "drops_dense_mask", "route"]
+
+logger = logging.getLogger(__name__)
 
 # Devices whose attention PaddleNLP calls through Paddle's own functional API; the others have private kernels.
 ROUTED_DEVICES = ("cpu", "gpu")
@@ -154,6 +158,17 @@ def _in_saved_order(order: tuple[str, ...]) -> Callable[..., paddle.Tensor]:
     return call
 
 
+@paddle.jit.not_to_static
+def _note_dense_mask(query: paddle.Tensor) -> None:
+    # Generation during evaluation rightly has a dense mask, but no gradient.
+    if paddle.in_dynamic_mode() and not query.stop_gradient and row_indices_are_missed():
+        logger.warning(
+            "--flash_mask true, but a batch came with a dense attention_mask and without "
+            "attn_mask_startend_row_indices: it trains with dense attention. "
+            'Make the batches with row indices, for instance with PackingCollator(mask="flashmask")'
+        )
+
+
 def route(original: Callable[..., Any]) -> Callable[..., Any]:
     """Build the replacement of ``fusion_ops.fusion_flash_attention``.
 
@@ -209,6 +224,7 @@ def route(original: Callable[..., Any]) -> Callable[..., Any]:
             report_call(query_states, key_states, value_states, attn_mask_startend_row_indices, out)
         elif attention_mask is not None and routed:
             _refuse_parallel(config, reshard_layer, "A dense attention_mask")
+            _note_dense_mask(query_states)
             if alibi is not None:
                 bias = alibi.reshape([query_states.shape[0], query_states.shape[2], 1, -1])
                 attention_mask = attention_mask.astype(bias.dtype) + bias

@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
-from .packing import IGNORE, _require_choice, _require_positive, _spread, pack_lengths
+from ._common import (
+    refuse_dropped_mask,
+    require_choice,
+    require_keys,
+    require_pad_token,
+    require_positive,
+    spread,
+)
+from .packing import IGNORE, STRATEGIES, pack_lengths
 from .preference import EncodedPreference
 
 __all__ = ["PreferenceCollator", "PreferenceDataset", "PreferenceStats"]
@@ -139,11 +147,13 @@ class PreferenceDataset(paddle.io.Dataset):
         share_prompt: bool = True,
     ) -> None:
         super().__init__()
-        self.max_length = _require_positive("max_length", max_length)
-        _require_choice("task", task, ("dpo", "reward"))
-        _require_choice("too_long", too_long, ("error", "skip"))
+        self.max_length = require_positive("max_length", max_length)
+        require_choice("task", task, ("dpo", "reward"))
+        # Before the samples are read: making them may take long.
+        require_choice("strategy", strategy, STRATEGIES)
+        require_choice("too_long", too_long, ("error", "skip"))
         if max_prompt_length is not None:
-            _require_positive("max_prompt_length", max_prompt_length)
+            require_positive("max_prompt_length", max_prompt_length)
         if task == "dpo" and not share_prompt:
             raise ValueError('share_prompt=False needs task="reward": PaddleNLP\'s DPOCriterion reads adjacent answers')
         self.task = task
@@ -222,8 +232,8 @@ class PreferenceDataset(paddle.io.Dataset):
             samples=len(self._groups),
             skipped=self.skipped,
             responses=len(self._response_lengths),
-            prompt_lengths=_spread(self._prompt_lengths),
-            response_lengths=_spread(self._response_lengths),
+            prompt_lengths=spread(self._prompt_lengths),
+            response_lengths=spread(self._response_lengths),
             rows=len(self.rows),
             max_length=self.max_length,
             tokens=tokens,
@@ -281,31 +291,37 @@ class PreferenceCollator:
     Args:
         max_length: tokens of a row.
         task: as for the dataset.
-        pad_token_id: token of the padding.
+        pad_token_id: token of the padding, which is masked: any will do, ``eos`` too.
         mask: ``flashmask`` or ``dense``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or ``mask`` is ``dense`` where the environment has
+            ``USE_CASUAL_MASK=True``: PaddleNLP would ignore the mask.
     """
 
     def __init__(
         self, max_length: int, task: Task, pad_token_id: int = 0, mask: Literal["flashmask", "dense"] = "flashmask"
     ) -> None:
-        self.max_length = _require_positive("max_length", max_length)
-        _require_choice("task", task, ("dpo", "reward"))
-        if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, (int, np.integer)):
-            raise TypeError(f"pad_token_id must be an integer, got {type(pad_token_id).__name__}")
-        _require_choice("mask", mask, ("flashmask", "dense"))
+        self.max_length = require_positive("max_length", max_length)
+        require_choice("task", task, ("dpo", "reward"))
+        self.pad_token_id = require_pad_token(pad_token_id)
+        require_choice("mask", mask, ("flashmask", "dense"))
+        refuse_dropped_mask(mask)
         self.task = task
-        self.pad_token_id = int(pad_token_id)
         self.mask = mask
 
     def __call__(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Collate rows of a ``PreferenceDataset`` of the same task.
 
         Raises:
+            TypeError: a row lacks what a ``PreferenceDataset`` puts into it.
             ValueError: no row, or a row longer than ``max_length``.
         """
         if len(rows) == 0:
             raise ValueError("rows must hold at least one row, got none")
+        needed = ("labels",) if self.task == "dpo" else ("sort",)
         for index, row in enumerate(rows):
+            require_keys(index, row, ("input_ids", "position_ids", "ends", "branches", *needed), "PreferenceDataset")
             if len(row["input_ids"]) > self.max_length:
                 raise ValueError(f"rows[{index}] has {len(row['input_ids'])} tokens, more than {self.max_length}")
         batch: dict[str, np.ndarray] = {

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 from .patching import PatchSet
 
-__all__ = ["disable", "enable", "enabled", "is_enabled"]
+__all__ = ["disable", "enable", "enabled", "expect_row_indices", "is_enabled", "row_indices_are_missed"]
 
 _lock = threading.RLock()
 _patches: PatchSet | None = None
 _switched_on = False  # by enable()
 _open_blocks = 0  # of enabled()
+_expects_row_indices = False
 
 
 def _apply() -> None:
@@ -64,14 +65,30 @@ def disable() -> None:
     Raises:
         RuntimeError: something else has replaced one of the same attributes since.
     """
-    global _switched_on
+    global _switched_on, _expects_row_indices
     with _lock:
+        _expects_row_indices = False
         before, _switched_on = _switched_on, False
         try:
             _apply()
         except BaseException:
             _switched_on = before
             raise
+
+
+def expect_row_indices() -> None:
+    """The trainer's flag was read: from now on a batch with a dense mask is worth a warning, once."""
+    global _expects_row_indices
+    with _lock:
+        _expects_row_indices = True
+
+
+def row_indices_are_missed() -> bool:
+    """Whether to warn of a batch without row indices: True once after ``expect_row_indices()``."""
+    global _expects_row_indices
+    with _lock:
+        missed, _expects_row_indices = _expects_row_indices, False
+        return missed
 
 
 def is_enabled() -> bool:

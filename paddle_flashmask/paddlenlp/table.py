@@ -43,6 +43,11 @@ def patches() -> list[Patch]:
             workarounds.fleet_must_be_initialised,
         ),
         Patch(
+            "paddlenlp.trl.dpo_trainer:DPOTrainer.__init__",
+            guards.guard_dpo_layout,
+            "ignore_eos_token=True drops a token of every rejected answer of a PreferenceCollator",
+        ),
+        Patch(
             "paddlenlp.transformers.dpo_criterion:DPOCriterion.dpo_logps",
             workarounds.all_chosen_tokens,
             "the SFT loss of DPO is divided by too few tokens where a chosen answer holds token 0",

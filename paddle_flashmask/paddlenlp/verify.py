@@ -13,7 +13,7 @@ import paddle
 from paddle_flashmask.masks import to_dense
 
 from .guards import ROW_INDICES, accepts_row_indices
-from .switch import enabled
+from .switch import enabled, is_enabled
 from .watch import RoutedCall, watching
 
 __all__ = ["LayerDifference", "VerificationError", "VerificationReport", "verify"]
@@ -107,12 +107,12 @@ def verify(model: Any, batch: Mapping[str, Any], tolerance: float | None = None)
             in float16, 3e-2 in bfloat16.
 
     Returns:
-        The differences of every layer. ``print`` it.
+        The differences of every layer, and a warning if the routing is off outside of this call. ``print`` it.
 
     Raises:
         TypeError: ``batch`` is not a mapping.
         ValueError: the batch has no row indices, the model takes none, the tolerance is not positive, or
-            ``position_ids`` restart at a token that sees earlier ones.
+            ``position_ids`` are of another shape than the row indices or restart at a token that sees earlier ones.
         VerificationError: no routed call was made, a layer did not use the mask, or a difference is too large.
     """
     if not isinstance(batch, Mapping):
@@ -124,11 +124,14 @@ def verify(model: Any, batch: Mapping[str, Any], tolerance: float | None = None)
     tensors = {
         name: value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value) for name, value in batch.items()
     }
+    was_on = is_enabled()
     with enabled():
         if not accepts_row_indices(model):
             raise ValueError(f"model must take {ROW_INDICES}, got {type(model).__name__}, whose forward does not")
         rows, causal = _rows_of(tensors[ROW_INDICES])
         warnings = _position_warnings(rows, causal, tensors.get("position_ids"))
+        if not was_on:
+            warnings += ("the routing is off outside this check: call enable() before training",)
         taken = inspect.signature(_innermost(model).forward).parameters
         inputs = {name: value for name, value in tensors.items() if name in taken and name != "labels"}
         check = _Check(rows, causal)
@@ -164,6 +167,16 @@ def _position_warnings(rows: np.ndarray, causal: bool, position_ids: paddle.Tens
     if position_ids is None or not causal:
         return ()
     batch, _, length, columns = rows.shape
+    given = list(position_ids.shape)
+    sequences = given[0] if len(given) == 2 else 1
+    if len(given) not in (1, 2) or given[-1] != length or (sequences != batch and 1 not in (sequences, batch)):
+        raise ValueError(
+            f"position_ids must have shape {[batch, length]} as {ROW_INDICES} have"
+            f"{' (or another batch size)' if batch == 1 else ''}, got {given}"
+        )
+    # Row indices of one sequence hold for the whole batch.
+    batch = max(batch, sequences)
+    rows = np.broadcast_to(rows, (batch, *rows.shape[1:]))
     positions = np.broadcast_to(position_ids.numpy(), (batch, length))
     # Keys that each row sees: key j is seen from row j on, but not in [start, end).
     change = np.zeros((batch, length + 1), dtype=np.int64)

@@ -67,4 +67,4 @@ class VerifyCallback(TrainerCallback):
         names = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
         batch = {**dict(zip(names, given, strict=False)), **named}
         self.report = verify(model, {name: value for name, value in batch.items() if value is not None}, self.tolerance)
-        logger.info("%s", self.report)
+        logger.log(logging.WARNING if self.report.warnings else logging.INFO, "%s", self.report)

@@ -117,6 +117,12 @@ def test_bounds_and_seed_are_needed_where_they_count():
         _core.load_library().forward(params)
 
 
+def test_an_unknown_instruction_set_is_refused():
+    array = np.zeros((1, 16, 2, 8), np.float32)
+    with pytest.raises(ValueError, match=r"isa: expected one of auto, portable, .*'avx'"):
+        _core.forward(array, array, array, isa="avx")
+
+
 def test_lse_may_be_left_out_of_the_forward():
     params, _arrays = good_params()
     params.lse = None
