@@ -4,7 +4,7 @@ Environment variables:
   MAX_JOBS               how many compilers run at once (default: Ninja's choice)
   FLASHMASK_CUDA         1 or 0: build the CUDA kernels or not (default: if Paddle has CUDA and nvcc is found)
   FLASHMASK_CUDA_ARCHS, FLASHMASK_HEAD_DIMS, FLASHMASK_CUDA_DTYPES
-                         narrow the CUDA kernels, for instance "80;90", "64;128" and "bf16" (custom_ops/cuda.cmake)
+                         narrow the CUDA kernels, for instance "90", "64;128" and "bf16" (custom_ops/cuda.cmake)
   FLASHMASK_CMAKE_ARGS   more arguments for CMake, split as a shell would
 """
 

@@ -58,8 +58,8 @@ def main() -> None:
     # 3. The policy, and the model it is held to: a frozen copy, or itself without its adapters.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_seq_len)
     reference = None
-    dpo_args.lora = model_args.lora
-    if model_args.lora:
+    dpo_args.lora = bool(model_args.lora or model_args.lora_path)
+    if dpo_args.lora:
         model = add_adapters(model, model_args)
     elif not dpo_args.reference_free:
         reference = flashmask_nlp.reference_model(model)

@@ -78,7 +78,7 @@ def main() -> None:
     model_class = flashmask_nlp.score_model_class(config)
     dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
     model = model_class.from_pretrained(name, config=config, dtype=dtype) if name else model_class(config)
-    if model_args.lora:
+    if model_args.lora or model_args.lora_path:
         # The head is new, so that it is trained itself.
         model = add_adapters(model, model_args, also_trained=[".*score_head.*"])
     if flash_mask:

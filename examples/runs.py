@@ -25,13 +25,25 @@ def new_folder(path: Path) -> Path:
     raise AssertionError("unreachable")
 
 
+# Of PaddleNLP's ModelConfig: other ways to fine-tune, which the examples do not know and would otherwise pass over.
+OTHER_METHODS = (
+    *("prefix_tuning", "prefix_path", "pissa", "lora_use_mixer", "use_mora", "use_quick_lora", "vera", "lokr"),
+    *("lokr_path", "reft", "neftune", "weight_quantize_algo", "use_long_sequence_strategies"),
+)
+
+
 def parse(*classes: type) -> tuple[Any, ...]:
     """One object of each class from the command line, whose first word may be a JSON file with arguments."""
     parser = PdArgumentParser(classes)
     parser.set_defaults(logging_steps=1)  # `Watch` needs every loss; PaddleNLP's default is 500
     if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file_and_cmd_lines()
-    return parser.parse_args_into_dataclasses()
+        parsed = parser.parse_json_file_and_cmd_lines()
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    for name, given in ((name, getattr(arguments, name, None)) for arguments in parsed for name in OTHER_METHODS):
+        if given:
+            raise SystemExit(f"--{name}: the examples train all weights or LoRA adapters, got {given}")
+    return parsed
 
 
 def run_folder(training_args: Any, compare: bool) -> Path:

@@ -109,8 +109,8 @@ def load_model(
 
 def main() -> None:
     model_args, data_args, training_args, example_args = parse_arguments()
-    if model_args.lora:
-        raise SystemExit("--lora true: this example trains all weights; use examples/lora.py")
+    if model_args.lora or model_args.lora_path:
+        raise SystemExit("--lora true or --lora_path: this example trains all weights; use examples/lora.py")
     folder = run_folder(training_args, example_args.compare)
     if data_args.dataset_name_or_path is None:
         data_args.dataset_name_or_path = str(folder / "data")

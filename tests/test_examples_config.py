@@ -97,9 +97,15 @@ def test_every_step_is_logged_unless_told_otherwise(parse, monkeypatch, tmp_path
     assert sft.parse_arguments()[2].logging_steps == 1
 
 
+@pytest.mark.parametrize("given", [("--pissa", "true"), ("--weight_quantize_algo", "nf4"), ("--prefix_tuning", "true")])
+def test_other_ways_to_fine_tune_are_refused(given, parse):
+    with pytest.raises(SystemExit, match=rf"{given[0]}: the examples train all weights or LoRA adapters, got"):
+        parse("lora-tiny-cpu", *given)
+
+
 def test_sft_refuses_adapters(parse, tmp_path):
     parse("sft-tiny-cpu", "--lora", "true")  # sets the command line
-    with pytest.raises(SystemExit, match=r"--lora true: .* use examples/lora\.py"):
+    with pytest.raises(SystemExit, match=r"--lora true .* use examples/lora\.py"):
         importlib.import_module("sft").main()
     assert not list(tmp_path.iterdir())
 
