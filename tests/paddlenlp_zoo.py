@@ -145,9 +145,9 @@ def render(outcomes: dict[str, str], refusals: dict[str, str]) -> str:
         assert outcomes[name] == "equal", (name, outcomes[name])
         how = "PaddleNLP's own argument" if name in own else "an argument that `enable()` adds"
         if name in carried:
-            how += "; past the layers' dense mask, which is not built"
+            how += "; the layers' dense mask is bypassed and not built"
         if name == "GPTForCausalLM":
-            how = how.replace(", which is not built", ", which is still built: memory stays quadratic there")
+            how = how.replace(" and not built", ", but still built: memory stays quadratic there")
         if name == "DeepseekV3ForCausalLM":
             how += "; not with `num_nextn_predict_layers`"
         lines.append(f"| `{name}` | {how} |")
