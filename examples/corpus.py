@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 # Tests, and programs that come along with the library.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 KINDS = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "coroutine", ast.ClassDef: "class"}
 
 
@@ -36,16 +37,16 @@ def docstring_pairs(shortest: int = 40) -> Iterator[tuple[str, str]]:
                     yield _question(name, node), docstring
 
 
-def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
-    for node in getattr(parent, "body", []):
-        if type(node) in KINDS:
+def _definitions(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, Definition]]:
+    for node in parent.body:
+        if isinstance(node, Definition):
             name = f"{prefix}.{node.name}"
             yield name, node
             if isinstance(node, ast.ClassDef):
                 yield from _definitions(node, name)
 
 
-def _question(name: str, node: ast.AST) -> str:
+def _question(name: str, node: Definition) -> str:
     if isinstance(node, ast.ClassDef):
         return f"What is the class {name} for?\n"
     return f"What does the {KINDS[type(node)]} {name}({ast.unparse(node.args)}) do?\n"

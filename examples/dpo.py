@@ -15,6 +15,7 @@ import quiet  # noqa: F401
 # isort: split
 
 import sys
+from typing import Literal
 
 from adapters import add_adapters
 from compare import compare
@@ -48,7 +49,7 @@ def main() -> None:
 
     # 1. The flag.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
-    mask = "flashmask" if flash_mask else "dense"
+    mask: Literal["flashmask", "dense"] = "flashmask" if flash_mask else "dense"
 
     # 2. Prompts with two answers each, packed; an answer sees its prompt and itself. Before the models, so that a
     # mistake in the data shows early.

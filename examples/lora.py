@@ -18,6 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from adapters import add_adapters, trained_weights
 from compare import compare
@@ -90,7 +91,7 @@ def main() -> None:
 
     # 1. The flag.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
-    mask = "flashmask" if flash_mask else "dense"
+    mask: Literal["flashmask", "dense"] = "flashmask" if flash_mask else "dense"
 
     # 2. Prompts and answers, packed: before the model, so that a mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)

@@ -17,6 +17,7 @@ import quiet  # noqa: F401
 
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 import paddle
 from adapters import add_adapters
@@ -60,7 +61,7 @@ def main() -> None:
 
     # 1. The flag.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
-    mask = "flashmask" if flash_mask else "dense"
+    mask: Literal["flashmask", "dense"] = "flashmask" if flash_mask else "dense"
 
     # 2. Prompts with two or more answers each, packed; an answer sees its prompt and itself. Before the model, so that
     # a mistake in the data shows early.

@@ -16,6 +16,7 @@ import quiet  # noqa: F401
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import paddle
 from compare import compare
@@ -122,7 +123,7 @@ def main() -> None:
 
     # 1. One call after parsing: routes PaddleNLP's attention, or says what contradicts --flash_mask.
     flash_mask = flashmask_nlp.enable_from_args(model_args, training_args)
-    mask = "flashmask" if flash_mask else "dense"
+    mask: Literal["flashmask", "dense"] = "flashmask" if flash_mask else "dense"
 
     # 2. Prompts and answers, packed: many samples a row, none of which sees another. First, so that a mistake in the
     # data shows before a large model is loaded.
