@@ -82,7 +82,7 @@ class Direction:
         return max(workers) * MULTIPROCESSORS / (costs.sum() * case.heads)
 
 
-FORWARD = Direction({64: 192, 128: 128}, 0.6, 128 << 10, 1, None)
+FORWARD = Direction({64: 256, 128: 128}, 0.6, 128 << 10, 1, None)
 BACKWARD = Direction({64: 128, 128: 64}, 1.0, 64 << 10, 3, 32)
 
 

@@ -12,40 +12,44 @@ constexpr int kRowsPerWarpgroup = 64;
 enum class OutputBy { kOwnPlace, kPlaceOfQuery, kRegisters };
 
 // kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V, kQStages for Q, kMaskStages for
-// element masks: none where nothing masks.
-template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_,
+// element masks: none where nothing masks. A column tile's scores come in kParts parts: more warpgroups, but not the
+// registers for all of them at once.
+template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_, int kParts_ = 1,
           OutputBy kOutputBy_ = OutputBy::kOwnPlace>
 struct ForwardShape {
   static constexpr int kConsumers = kConsumers_, kColumns = kColumns_;
   static constexpr int kStages = kStages_, kQStages = kQStages_, kMaskStages = kMaskStages_;
   static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kParts = kParts_, kPartColumns = kColumns / kParts;
   static constexpr bool kMasks = kMaskStages > 0;
   // Whether only those warpgroups that need a tile's element masks wait for them and free their place. Then one that
   // does not may be ahead of the mask warps, but never by a round of their ring: the key tile in which it needs masks
   // again is there only when all have freed the one kStages before it, and so taken the masks of the one before that.
   static constexpr bool kMasksByNeed = kMaskStages > kStages;
+  static_assert(kMaskStages <= 4);
   // Whether the warpgroups take turns at issuing products, so that one's exponentials fall into the other's products.
-  // Three do that by themselves, and a turn of one that is at the end of a row tile would keep the others waiting.
+  // More do that by themselves, and a turn of one that is at the end of a row tile would keep the others waiting.
   static constexpr bool kTakesTurns = kConsumers == 2;
   // Whether the next K is waited for while scores are computed, or only behind the exponentials: with two places for 64
   // keys it is often not there before.
   static constexpr bool kWaitsForKeysEarly = kColumns >= 128;
   // Whether the next row tile is looked up while products run (needs registers), or between row tiles.
   static constexpr bool kLooksAhead = kConsumers == 2;
-  // With three, P V of the tile before is long done when half of the exponentials are: it is waited for then, so that
+  // With more, P V of the tile before is long done when half of the exponentials are: it is waited for then, so that
   // the assembler can round weights as they come.
-  static constexpr bool kRoundsEarly = kConsumers == 3;
+  static constexpr bool kRoundsEarly = kConsumers > 2;
   static constexpr OutputBy kOutputBy = kOutputBy_;
   static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;
-  // A block starts with 168 (128 with three consumers) registers a thread; what the producers give up, no more, goes to
-  // the consumers: more would wait for ever.
+  // A block starts with 168 registers a thread (with three consumers 128, with four 96); what the producers give up, no
+  // more, goes to the consumers: more would wait for ever.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kStartRegisters = kConsumers == 2 ? 168 : 128;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
+  static constexpr int kStartRegisters = kConsumers == 2 ? 168 : kConsumers == 3 ? 128 : 96;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kStartRegisters);
-  // A warp prepares the element masks of 64 columns.
-  static constexpr int kMaskWarps = kMasks ? kColumns / 64 : 0;
+  // Two warps prepare element masks: each those of 64 columns, or where there are no more, of every other 32 rows.
+  static constexpr int kMaskWarps = kMasks ? 2 : 0;
+  static constexpr int kMaskRowShares = kColumns == 64 ? 2 : 1;
   static constexpr int kWorkStages = 2;
   static constexpr int kOrderStages = 8;
 };
@@ -54,27 +58,26 @@ struct ForwardShape {
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
-struct ForwardConfig<64> : ForwardShape<3, 128, 3, 2, 4> {};
+struct ForwardConfig<64> : ForwardShape<4, 128, 3, 2, 4, 2> {};
 template <>
-struct ForwardConfig<96> : ForwardShape<2, 128, 2, 2, 2> {};
+struct ForwardConfig<96> : ForwardShape<3, 128, 2, 2, 3, 2> {};
 template <>
 struct ForwardConfig<128> : ForwardShape<2, 128, 2, 2, 1> {};
 template <>
 struct ForwardConfig<192> : ForwardShape<2, 64, 2, 1, 2> {};
 template <>
-struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, OutputBy::kPlaceOfQuery> {};
+struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, 1, OutputBy::kPlaceOfQuery> {};
 
 // Where nothing masks, tiles may be wider than the lists' and the block mask's: what a tile costs whatever its width
-// then comes less often. Without a choice of its own, a head dim takes the one above (64: three warpgroups have no
-// registers for more columns, and P through shared memory was slower).
+// then comes less often. Without a choice of its own, a head dim takes the one above.
 template <int kHeadDim>
 struct UnmaskedConfig {
   static constexpr int kConsumers = 0;
 };
 template <>
-struct UnmaskedConfig<96> : ForwardShape<2, 176, 2, 2, 0, OutputBy::kRegisters> {};
+struct UnmaskedConfig<64> : ForwardShape<3, 128, 3, 2, 0> {};
 template <>
-struct UnmaskedConfig<128> : ForwardShape<2, 176, 2, 1, 0, OutputBy::kRegisters> {};
+struct UnmaskedConfig<128> : ForwardShape<2, 176, 2, 1, 0, 1, OutputBy::kRegisters> {};
 template <int kHeadDim>
 constexpr bool kHasUnmasked = UnmaskedConfig<kHeadDim>::kConsumers > 0;
 
@@ -100,7 +103,7 @@ struct ForwardLayout {
   static constexpr int kTileWords = kOrders + Config::kOrderStages * 16;
   // Barriers: 8 bytes each. Every warpgroup has its own for its rows of Q.
   static constexpr int kQBarriers = Config::kQStages * Config::kConsumers;
-  static constexpr int kQFull = kTileWords + (Config::kStages * 4 + 7) / 8 * 8;
+  static constexpr int kQFull = kTileWords + Config::kStages * 16;
   static constexpr int kQEmpty = kQFull + kQBarriers * 8;
   static constexpr int kKFull = kQEmpty + kQBarriers * 8;
   static constexpr int kKEmpty = kKFull + Config::kStages * 8;

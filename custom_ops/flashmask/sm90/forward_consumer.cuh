@@ -1,7 +1,8 @@
 // A consumer warpgroup of the forward kernel: 64 rows of Q against all active column tiles.
 //
 // S = Q K^T of the next tile and O += P V of this one are issued together; the softmax of the next tile then runs while
-// P V still does. Two warpgroups take turns in issuing, so that one's softmax hides under the other's products.
+// P V still does. Two warpgroups take turns in issuing, so that one's softmax hides under the other's products. More
+// have registers for half of a tile's scores only: its parts come one after the other, each with a softmax of its own.
 #pragma once
 
 #include <type_traits>
@@ -36,6 +37,14 @@ struct Turn {
   }
 };
 
+// Which part of a column tile a pass is about, and whether it is the first that is seen of it (kEnters), or the last
+// that there is (kLeaves): with that K is free. `index` is a constant where the pass is written for one part.
+template <bool kEnters_, bool kLeaves_>
+struct TilePart {
+  static constexpr bool kEnters = kEnters_, kLeaves = kLeaves_;
+  int index;
+};
+
 template <typename T, typename Layout>
 __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps& maps, uint32_t shared, int warpgroup,
                                         int thread) {
@@ -43,7 +52,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   using QTile = typename Layout::QTile;
   using KTile = typename Layout::KTile;
   constexpr int kHeadDim = Layout::kHeadDim;
-  constexpr int kScoreGroups = Config::kColumns / 8, kSteps = Config::kColumns / 16;
+  constexpr int kParts = Config::kParts, kLastPart = kParts - 1;
+  constexpr int kScoreGroups = Config::kPartColumns / 8, kSteps = Config::kPartColumns / 16;
+  static_assert(kParts == 1 || (Config::kMasksByNeed && !Config::kTakesTurns));
+  using WholeTile = TilePart<true, true>;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
   const Turn<Config::kConsumers, Config::kTakesTurns> turn{warpgroup};
   turn.start();
@@ -72,40 +84,40 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int used_k = 0;  // place of the K that the scores at work come from
   // Bits of tile words: a tile that has one of these needs more than most do. All of them while every tile does.
   constexpr uint32_t kEveryTile = ~0u;
-  const uint32_t mask_bits = !Config::kMasks        ? 0
-                             : Config::kMasksByNeed ? 1u << (kTilePartialShift + warpgroup)
-                                                    : kTileAnyPartial;
-  const uint32_t special_tile = kTileLast | mask_bits;
+  constexpr uint32_t kSpecialTile =
+      kTileLast | (Config::kMasksByNeed ? kMasksFirstPart | kMasksLastPart : kTileHasMasks);
   uint32_t special_bits = kEveryTile;
   uint32_t special = 0;  // which of these the tile at work has
   const auto wait_k = [&] {
     Barrier{shared + Layout::kKFull + k_ring.stage * 8}.wait_warp(k_ring.parity);
-    if (Config::kMasks) flags = uniform(load_shared_32(shared + Layout::kTileWords + k_ring.stage * 4));
+    if (!Config::kMasks) return;
+    flags = uniform(load_shared_32(shared + Layout::kTileWords + (k_ring.stage * 4 + warpgroup) * 4));
   };
-  // Whether these 64 rows see anything of it, or need element masks.
-  const auto is_seen = [&] { return !Config::kMasks || (flags >> warpgroup & 1) != 0; };
-  const auto is_partial = [&] { return (weighed >> (kTilePartialShift + warpgroup) & 1) != 0; };
+  // Whether these 64 rows see anything of it.
+  const auto is_seen = [&] { return !Config::kMasks || (flags & (kSeesFirstPart | kSeesLastPart)) != 0; };
   const auto q_barrier = [&](int barrier) { return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8; };
   const auto release_q = [&] {
     release(q_barrier(Layout::kQEmpty));
     q_ring.advance();
   };
-  const auto leave_k = [&] {
-    used_k = k_ring.stage;
-    k_ring.advance();
+  const auto enter_tile = [&] {
     if (Config::kMasks) {
       weighed = flags;
     } else {
       if (++tile == tiles) tile = 0;
-      weighed = tile == 0 ? kTileLast | 1 : 1;
+      weighed = tile == 0 ? kTileLast | kSeesFirstPart : kSeesFirstPart;
     }
+  };
+  const auto leave_k = [&] {
+    used_k = k_ring.stage;
+    k_ring.advance();
     ended = weighed & kTileLast;
   };
   const auto release_k = [&] { release(Layout::kKEmpty + used_k * 8); };
   const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
   // The V that the weights at hand are for. While these wait for the next scores, so many tiles that are not seen can
   // be skipped, no more: V of a further one would need the place of the V that is held, and be waited for for ever.
-  constexpr int kSkips = Config::kTakesTurns ? 0 : Config::kStages - 1;
+  constexpr int kSkips = kParts == 1 ? 0 : Config::kStages - 1;
   Ring<Config::kStages> held;
   auto& held_v = kSkips > 0 ? held : v_ring;
   int skips = 0;  // that are left
@@ -121,20 +133,22 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     release(Layout::kVEmpty + held_v.stage * 8);
     if (kSkips == 0) v_ring.advance();
   };
-  // Without kMasksByNeed, every warpgroup takes all masks that were made and frees their places, whether it applies
-  // them or not.
-  const auto take_mask = [&](bool apply) {
+  const auto take_mask = [&](auto part) {
     if constexpr (!Config::kMasks) {
       if (ended != 0 && last_keys < Config::kColumns) mask_behind(scores, last_keys, lane);
       return;
     }
-    if (!(weighed & mask_bits)) return;
+    // Without kMasksByNeed, every warpgroup takes all masks that were made and frees their places, whether it applies
+    // them or not.
+    const uint32_t mine = weighed & kMasksFirstPart << part.index;
+    if ((Config::kMasksByNeed ? mine : weighed & kTileHasMasks) == 0) return;
     const int stage = mask_stage(weighed);
     Barrier{shared + Layout::kMaskFull + stage * 8}.wait_warp(mask_parity(weighed));
-    if (Config::kMasksByNeed || apply) {
-      apply_mask<Layout>(scores, shared + Layout::kMask + stage * Layout::kMaskBytes, warp, lane);
+    if (mine != 0) {
+      apply_mask<Layout>(scores, shared + Layout::kMask + stage * Layout::kMaskBytes + part.index * kScoreGroups * 4,
+                         warp, lane);
     }
-    release(Layout::kMaskEmpty + stage * 8);
+    if (part.index == kLastPart || (weighed & kMasksLastPart) == 0) release(Layout::kMaskEmpty + stage * 8);
   };
   // High words of the descriptors of Q and of K and V. Constants would be written again before every product: so an
   // instruction less for most of them.
@@ -151,9 +165,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto moved = [](uint64_t descriptor, uint64_t distance) {
     return kAddsToBothWords ? descriptor + distance : KTile::moved(descriptor, distance);
   };
-  const auto issue_scores = [&] {
+  constexpr uint32_t kPartDistance = KTile::row_distance(Config::kPartColumns);  // of descriptors
+  const auto issue_scores = [&](auto part) {
     const uint64_t q = descriptor_of(low_q + q_ring.stage * (QTile::kBytes / 16), high_q);
-    const uint64_t k = descriptor_of(low_k + k_ring.stage * (KTile::kBytes / 16), high_k);
+    const uint64_t k = descriptor_of(low_k + part.index * kPartDistance + k_ring.stage * (KTile::kBytes / 16), high_k);
     fence_registers(scores);
     wgmma_begin();
 #pragma unroll
@@ -163,8 +178,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
     wgmma_commit();
   };
-  const auto issue_output = [&] {
-    const uint64_t v = descriptor_of(low_v + held_v.stage * (KTile::kBytes / 16), high_k);
+  const auto issue_output = [&](int part) {
+    const uint64_t v = descriptor_of(low_v + part * kPartDistance + held_v.stage * (KTile::kBytes / 16), high_k);
     fence_registers(weights);
     fence_registers(output);
     wgmma_begin();
@@ -176,10 +191,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     wgmma_commit();
   };
   // Element i of group n of the scores at work, from memory (softmax.cuh says when).
-  const auto score_again = [&](int n, int i) {
+  const auto score_again = [&](int part, int n, int i) {
     const int column_tile = Config::kMasks ? tile_number(weighed) : (tile != 0 ? tile : tiles) - 1;
     const int row = work.row_tile * Config::kRows + warp * 16 + lane / 4 + i / 2 * 8;
-    const int column = column_tile * Config::kColumns + n * 8 + lane % 4 * 2 + i % 2;
+    const int column = column_tile * Config::kColumns + part * Config::kPartColumns + n * 8 + lane % 4 * 2 + i % 2;
     const int head_k = work.head / (p.op.heads_q / p.op.heads_k);
     const auto* const q = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.q, work.batch, work.head, row));
     const auto* const k = reinterpret_cast<const uint32_t*>(head_pointer<T>(p.op.k, work.batch, head_k, column));
@@ -203,9 +218,16 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     }
   };
   // While scores are computed: what comes next, and what these will need.
-  const auto look_at_next = [&] {
-    leave_k();
+  const auto look_at_next = [&](auto part) {
+    using Part = decltype(part);
+    if (Part::kEnters) enter_tile();
+    // What is special of the other part is not of this one. (What it sees is in its word.)
     special = weighed & special_bits;
+    if (kParts > 1 && Part::kEnters != Part::kLeaves) {
+      special &= Part::kEnters ? ~(kMasksLastPart | kTileLast) : ~kMasksFirstPart;
+    }
+    if (!Part::kLeaves) return;
+    leave_k();
     if (Config::kWaitsForKeysEarly && ended == 0) wait_k();
   };
   const auto settle_v = [&] {
@@ -219,13 +241,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials
   // (weigh of softmax.cuh); then the next K where that was not waited for before, and the next row tile where there are
   // registers for it. Returns whether references have to move.
-  const auto scores_to_weights = [&](auto is_first, const auto& halfway) {
-    constexpr bool kFirst = decltype(is_first)::value;
+  const auto scores_to_weights = [&](auto is_first, auto part, const auto& halfway) {
+    constexpr bool kFirst = decltype(is_first)::value, kLeaves = decltype(part)::kLeaves;
     fence_registers(scores);
-    release_k();
+    if (kLeaves) release_k();
     // All that most tiles do not need, behind one jump: each costs as much as twenty instructions.
     if (kFirst || special != 0) {
-      if (ended != 0 && !Config::kOutputInQuery) release_q();
+      if (kLeaves && ended != 0 && !Config::kOutputInQuery) release_q();
       if (p.negative_scale) {
         // References are largest scores, so it is their sign that changes.
 #pragma unroll
@@ -234,15 +256,15 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
           for (int i = 0; i < 4; ++i) scores[n][i] = -scores[n][i];
         }
       }
-      take_mask(is_partial());
+      take_mask(part);
       if (kFirst || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
-      if (kSkips > 0) settle_v();
-      special_bits = p.negative_scale || softmax.lacks_reference ? kEveryTile : special_tile;
+      if (kSkips > 0 && decltype(part)::kEnters) settle_v();
+      special_bits = p.negative_scale || softmax.lacks_reference ? kEveryTile : kSpecialTile;
     }
     const bool large = softmax.weigh(scores, p.scale_log2, halfway);
     fence_registers(scores);  // the exponentials belong here, while P V runs
-    if (!Config::kWaitsForKeysEarly && ended == 0) wait_k();
-    if (Config::kLooksAhead && ended != 0) look_ahead();
+    if (kLeaves && !Config::kWaitsForKeysEarly && ended == 0) wait_k();
+    if (kLeaves && Config::kLooksAhead && ended != 0) look_ahead();
     return !kFirst && large;  // of a first tile, no weight is above one
   };
   const auto pack_weights = [&] {
@@ -250,24 +272,27 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     for (int step = 0; step < kSteps; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
   };
   // Nothing may be in flight.
-  const auto move_references = [&] {
-    softmax.move_references(scores, p.scale_log2, score_again);
+  const auto move_references = [&](int part) {
+    softmax.move_references(scores, p.scale_log2, [&](int n, int i) { return score_again(part, n, i); });
     rescale(output, softmax.factor);
     pack_weights();
   };
 
-  // One column tile: its scores beside the output of the one before, which ends a row tile or not. Returns whether
-  // references have to move.
-  const auto pass = [&](auto is_end) {
+  // Part of a column tile: its scores beside the output of the part before, which ends a row tile or not. Returns
+  // whether references have to move.
+  const auto pass = [&](auto is_end, int part_before, auto part) {
     constexpr bool kEnds = decltype(is_end)::value;
+    using Part = decltype(part);
+    // The last part of the tile before, of which the first was seen, too: so its V is there.
+    constexpr bool kHasV = Part::kEnters && !Part::kLeaves && !kEnds;
     turn.wait();
     trace(Event::kTurn);
-    const bool v_here = v_full(held_v).test(held_v.parity);
-    issue_scores();
+    const bool v_here = kHasV || v_full(held_v).test(held_v.parity);
+    issue_scores(part);
     if (!v_here) v_full(held_v).wait(held_v.parity);
-    issue_output();
+    issue_output(part_before);
     turn.pass();
-    look_at_next();
+    look_at_next(part);
     wgmma_wait<1>();
     trace(Event::kScoresHere);
     const OnlineSoftmax finished = softmax;
@@ -283,10 +308,11 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       trace(Event::kOutputHere);
       fence_registers(output);
       fence_registers(weights);
+      if (!Part::kEnters) return;
       release_held_v();
       hold_v();
     };
-    const bool large = scores_to_weights(is_end, [&] {
+    const bool large = scores_to_weights(is_end, part, [&] {
       if constexpr (kRoundsEarly) take_output();
     });
     trace(Event::kWeightsMade);
@@ -300,12 +326,62 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     return large;
   };
 
+  // The part in which these rows enter the next tile.
+  const auto entry_part = [&] {
+    if constexpr (kParts == 1) {
+      return WholeTile{0};
+    } else {
+      return TilePart<true, false>{(flags & kSeesFirstPart) != 0 ? 0 : 1};
+    }
+  };
+  const auto sees_last_part = [&] { return (weighed & kSeesLastPart) != 0; };
+  // Behind the only part that is seen of a tile.
+  const auto finish_tile = [&] {
+    leave_k();
+    release_k();
+    if (ended != 0) {
+      release_q();
+    } else {
+      wait_k();
+    }
+  };
+
+  // From the last part of a tile, whose first part's weights are at hand, over all that follow in the row tile, as far
+  // as the first part of each is seen. Returns which part's weights are at hand then; its tile is done.
+  const auto go_on_in_parts = [&] {
+    int at_hand = 0;
+    bool resumes = false;  // with the next tile
+    while (true) {
+      bool large = false;
+      do {
+        if (!resumes) {
+          large = pass(std::false_type{}, 0, TilePart<false, true>{1});
+          at_hand = 1;
+          if (large) break;
+        }
+        resumes = false;
+        if ((ended != 0) | ((flags & kSeesFirstPart) == 0)) break;
+        large = pass(std::false_type{}, 1, TilePart<true, false>{0});
+        at_hand = 0;
+      } while (!large & sees_last_part());
+      if (!large) break;
+      // Outside the loop, or the assembler would put it in the way. What follows is the same pass as without: all warps
+      // of a warpgroup have to issue the same instructions.
+      move_references(at_hand);
+      resumes = at_hand == 1;
+      if (at_hand == 0 && !sees_last_part()) break;
+    }
+    if (at_hand == 0) finish_tile();
+    return at_hand;
+  };
+
   // A tile that these rows do not see; its V is waited for here, or owed.
   const auto skip_tile = [&](bool owes) {
     turn.wait();
     turn.pass();
+    enter_tile();
     leave_k();
-    if (!Config::kMasksByNeed) take_mask(false);
+    if (!Config::kMasksByNeed) take_mask(WholeTile{0});
     release_k();
     if (ended != 0 && !Config::kOutputInQuery) release_q();
     ++owed;
@@ -334,56 +410,70 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       }
       turn.wait();
       trace(Event::kTurn);
-      issue_scores();
+      const auto entry = entry_part();
+      if (kParts > 1) special_bits = kEveryTile;
+      issue_scores(entry);
       turn.pass();
-      look_at_next();
+      look_at_next(entry);
       wgmma_wait<0>();
       trace(Event::kScoresHere);
-      const bool first_large = scores_to_weights(std::false_type{}, [] {});
+      const bool first_large = scores_to_weights(std::false_type{}, entry, [] {});
       trace(Event::kWeightsMade);
       pack_weights();
       hold_v();
-      if (first_large) move_references();
+      int part_at_work = entry.index;  // that the weights at hand are of
+      if (first_large) move_references(entry.index);
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
       // between them. The chain breaks at a tile that these rows do not see (without turns: only where kSkips of them
       // were skipped before), and at the end of a row tile whose output goes through the place of Q.
-      while (true) {
-        bool large = false;
-        if (!begun && ended == 0 && is_seen()) {
-          do {
-            large = pass(std::false_type{});
-          } while (!large & (ended == 0) & is_seen());  // one jump, where && would take three
-        }
-        if (large) {
-          move_references();
-          continue;
-        }
-        if constexpr (kSkips == 0) {
+      if constexpr (kParts == 1) {
+        while (true) {
+          bool large = false;
+          if (ended == 0 && is_seen()) {
+            do {
+              large = pass(std::false_type{}, 0, WholeTile{0});
+            } while (!large & (ended == 0) & is_seen());  // one jump, where && would take three
+          }
+          if (large) {
+            move_references(0);
+            continue;
+          }
           if (ended == 0) break;
           if (!Config::kLooksAhead) look_ahead();
           if (!follows || !is_seen()) break;
-        } else {
-          if (ended != 0) {
-            if (begun) break;  // these rows see nothing of the next row tile
-            look_ahead();
-            if (!follows) break;
-            begun = true;
-            ended = 0;
-          }
-          if (!is_seen()) {
-            if (skips == 0) break;
+          pass(std::true_type{}, 0, WholeTile{0});
+        }
+      } else {
+        bool goes_on = entry.index == 0 && sees_last_part();  // whether a part of the tile at work is still to come
+        if (!goes_on) finish_tile();
+        while (true) {
+          if (goes_on) part_at_work = go_on_in_parts();
+          while (true) {
+            if (ended != 0) {
+              if (begun) break;  // these rows see nothing of the next row tile
+              look_ahead();
+              if (!follows) break;
+              begun = true;
+              ended = 0;
+            }
+            if (is_seen() || skips == 0) break;
             --skips;
             skip_tile(true);
             if (ended == 0) wait_k();
-            continue;
           }
+          // Behind a gap in its own row tile, a chain of its own begins.
+          if (!begun || ended != 0 || !is_seen()) break;
           begun = false;
+          const auto next_entry = entry_part();
+          pass(std::true_type{}, part_at_work, next_entry);
+          part_at_work = next_entry.index;
+          goes_on = next_entry.index == 0 && sees_last_part();
+          if (!goes_on) finish_tile();
         }
-        pass(std::true_type{});
       }
       v_full(held_v).wait_warp(held_v.parity);
-      issue_output();
+      issue_output(part_at_work);
       wgmma_wait<0>();
       trace(Event::kOutputHere);
       fence_registers(output);

@@ -1,4 +1,4 @@
-// Forward on Hopper: a persistent block of one producer warpgroup and two or three consumer warpgroups. The parts are
+// Forward on Hopper: a persistent block of one producer warpgroup and two to four consumer warpgroups. The parts are
 // in the forward_*.cuh files; docs/hopper-kernel.md shows how they work together.
 #pragma once
 
@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(Layout::Config::kThreads, 1)
 
 template <typename T, int kHeadDim>
 TileShape forward_tile_shape(int) {
-  // The lists are made for the rows of one warpgroup: each skips what only its neighbours see.
-  return TileShape{kRowsPerWarpgroup, ForwardConfig<kHeadDim>::kColumns};
+  // The lists are made for the rows of one warpgroup and the parts of a column tile: each skips what only its
+  // neighbours see.
+  return TileShape{kRowsPerWarpgroup, ForwardConfig<kHeadDim>::kPartColumns};
 }
 
 template <typename T, typename Layout>

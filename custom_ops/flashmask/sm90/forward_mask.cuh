@@ -10,7 +10,8 @@
 
 namespace flashmask::sm90 {
 
-// The bounds of a lane's two neighbouring columns: lane `lane` of mask warp `warp` has pair warp * 32 + lane of a tile.
+// The bounds of a lane's two neighbouring columns: with 128 columns, lane `lane` of mask warp `warp` has pair warp * 32
+// + lane of a tile; with 64, both warps have all pairs.
 struct ColumnPair {
   int32_t bounds[2][4];
 };
@@ -35,14 +36,15 @@ __device__ __forceinline__ ColumnPair load_bounds(const FlashmaskParams& op, con
 // Writes the words of a pair of columns of the tile whose corner is given: for 16 rows each, low half the even column.
 // Turned left by one to four places, by the number of the eight columns in their group of 32: so the bits that a
 // consumer's thread wants of four words land side by side (apply_mask). Only for the rows of warpgroups that need it,
-// from the first to the last bit of `partial`: with three of them, a tile is often partial for one.
+// from the first to the last bit of `partial`: with three or four of them, a tile is often partial for one. Of these
+// rows, `row_share` takes 32 of every kMaskRowShares times 32.
 template <typename Layout>
 __device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const ColumnPair& bounds,
-                                           int row_begin, int column_begin, int pair, uint32_t partial) {
+                                           int row_begin, int column_begin, int pair, int row_share, uint32_t partial) {
   const uint32_t mine = place + (pair % 4 * Layout::kMaskStride + pair / 4) * 4;
   const int first_row = (__ffs(partial) - 1) * kRowsPerWarpgroup, end_row = (32 - __clz(partial)) * kRowsPerWarpgroup;
 #pragma unroll 1
-  for (int first = first_row; first < end_row; first += 32) {
+  for (int first = first_row + row_share * 32; first < end_row; first += 32 * Layout::Config::kMaskRowShares) {
     uint32_t bits[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {

@@ -13,24 +13,29 @@
 
 namespace flashmask::sm90 {
 
-// One column tile of a row tile. Bit w of `flags` says that warpgroup w's 64 rows see something of it, bit 8 + w that
-// they need element masks there.
+// One column tile of a row tile. Bit w of `flags` says that warpgroup w's 64 rows see something of its first part, bit
+// 8 + w that they need element masks there; four bits further left stands the same of its last part, where a tile has
+// two.
 struct TileOrder {
   int column_tile;
   uint32_t flags;
   int row_tile;
   int batch_head;
 };
-constexpr int kPartialShift = 8;
-constexpr uint32_t kAnyPartial = 0xF00;
+constexpr int kLastPartShift = 4, kPartialShift = 8;
+constexpr uint32_t kAnyPartial = 0xFF00;
 constexpr uint32_t kFirst = 1u << 28;    // of its row tile
 constexpr uint32_t kLast = 1u << 29;     // of its row tile
 constexpr uint32_t kNothing = 1u << 30;  // the row tile sees no column tile at all
 constexpr uint32_t kDone = 1u << 31;     // no work is left
+// Warpgroups that need element masks in any part, one bit each.
+__device__ __forceinline__ uint32_t masked_warpgroups(uint32_t flags) {
+  return (flags >> kPartialShift | flags >> (kPartialShift + kLastPartShift)) & 15;
+}
 
 // Yields the column tiles that a row tile sees, in ascending order. As TileWalker (cuda/tile_lists.cuh), over the lists
-// of all its warpgroups at once.
-template <int kConsumers, int kColumns>
+// of all its warpgroups at once; these have a bit for every part of a tile.
+template <int kConsumers, int kColumns, int kParts>
 struct OrderWalker {
   const KernelParams& p;
   const TileWord* list;  // of the first warpgroup's rows; null: only the causal flag masks
@@ -49,13 +54,13 @@ struct OrderWalker {
   __device__ __forceinline__ TileWord word(int w, int index) const {
     if (index >= p.lists.column_words || list_row + w >= p.lists.row_tiles) return TileWord{0, 0};
     if (list != nullptr) return list[w * p.lists.column_words + index];
-    return columns_of_row_tile<kRowsPerWarpgroup, kColumns>(p, list_row + w).word(index);
+    return columns_of_row_tile<kRowsPerWarpgroup, kColumns / kParts>(p, list_row + w).word(index);
   }
   __device__ __forceinline__ uint32_t active() const {
     uint32_t any = 0;
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) any |= mine[w].active;
-    return any;
+    return kParts == 2 ? (any | any >> 1) & 0x55555555u : any;
   }
 
   // The next tile or -1.
@@ -77,16 +82,20 @@ struct OrderWalker {
     uint32_t told = 0;
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      told |= (mine[w].active >> (bit & 31) & 1) << w | (mine[w].partial >> (bit & 31) & 1) << (kPartialShift + w);
+      const uint32_t active = mine[w].active >> (bit & 31), partial = mine[w].partial >> (bit & 31);
+      told |= (active & 1) << w | (partial & 1) << (kPartialShift + w);
+      if (kParts == 2) {
+        told |= (active >> 1 & 1) << (kLastPartShift + w) | (partial >> 1 & 1) << (kPartialShift + kLastPartShift + w);
+      }
     }
     told = __shfl_sync(kAllLanes, told | static_cast<uint32_t>(bit) << 16, holder);
     const int found = told >> 16 & 31;
     if (lane == holder) {
 #pragma unroll
-      for (int w = 0; w < kConsumers; ++w) mine[w].active &= ~(1u << found);
+      for (int w = 0; w < kConsumers; ++w) mine[w].active &= ~((kParts == 2 ? 3u : 1u) << found);
     }
     *flags = told & 0xFFFF;
-    return (chunk + holder) * 32 + found;
+    return ((chunk + holder) * 32 + found) / kParts;
   }
 };
 
@@ -106,7 +115,7 @@ struct EveryTile {
 template <typename Layout>
 __device__ __forceinline__ void schedule(const KernelParams& p, uint32_t shared, int lane) {
   using Config = typename Layout::Config;
-  using Walker = std::conditional_t<Config::kMasks, OrderWalker<Config::kConsumers, Config::kColumns>,
+  using Walker = std::conditional_t<Config::kMasks, OrderWalker<Config::kConsumers, Config::kColumns, Config::kParts>,
                                     EveryTile<Config::kColumns>>;
   Ring<Config::kOrderStages> ring;
   const auto push = [&](int column_tile, uint32_t flags, int row_tile, int batch_head) {

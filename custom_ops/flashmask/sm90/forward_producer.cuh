@@ -1,4 +1,4 @@
-// The producers of the forward kernel: one warp feeds the copy engine, one or two prepare element masks.
+// The producers of the forward kernel: one warp feeds the copy engine, two prepare element masks.
 #pragma once
 
 #include "forward_mask.cuh"
@@ -12,20 +12,26 @@ struct ForwardMaps {
   CUtensorMap q, k, v, out;
 };
 
-// What the consumers have to know of a column tile, in one word: bit w says that warpgroup w's 64 rows see something of
-// it, bit 3 + w that they need element masks there; then, if any does, in which place of their ring these are, and the
-// parity of its round; its number; the top bit that it is the last of its row tile.
-constexpr int kTilePartialShift = 3, kTileMaskShift = 6, kTileNumberShift = 10;
-constexpr uint32_t kTileAnyPartial = 0x38, kTileLast = 1u << 31;
+// What a warpgroup has to know of a column tile, in one word.
+constexpr uint32_t kSeesFirstPart = 1, kSeesLastPart = 2;  // of tiles in one part, the first
+constexpr uint32_t kMasksFirstPart = 4, kMasksLastPart = 8;
+// Whether any warpgroup needs element masks; then in which place of their ring these are, and the parity of its round.
+constexpr uint32_t kTileHasMasks = 16;
+constexpr int kMaskStageShift = 5, kMaskParityShift = 7;
+constexpr int kTileNumberShift = 8;
+constexpr uint32_t kTileLast = 1u << 31;  // of its row tile
 static_assert(kTileNumberShift + kColumnTileBits == 31);
-__device__ __forceinline__ uint32_t tile_word(const TileOrder& order, int mask_stage, uint32_t mask_parity) {
-  return (order.flags & 7) | (order.flags >> kPartialShift & 7) << kTilePartialShift |
-         (mask_stage | mask_parity << 3) << kTileMaskShift |
+__device__ __forceinline__ uint32_t tile_word(const TileOrder& order, int warpgroup, int mask_stage,
+                                              uint32_t mask_parity) {
+  // Four bits apart in the order, side by side here.
+  const uint32_t flags = order.flags >> warpgroup & 0x1111;
+  return ((flags | flags >> 3 | flags >> 6 | flags >> 9) & 15) | (order.flags & kAnyPartial ? kTileHasMasks : 0) |
+         mask_stage << kMaskStageShift | mask_parity << kMaskParityShift |
          static_cast<uint32_t>(order.column_tile) << kTileNumberShift | (order.flags & kLast ? kTileLast : 0);
 }
 __device__ __forceinline__ int tile_number(uint32_t word) { return (word & ~kTileLast) >> kTileNumberShift; }
-__device__ __forceinline__ int mask_stage(uint32_t word) { return word >> kTileMaskShift & 7; }
-__device__ __forceinline__ uint32_t mask_parity(uint32_t word) { return word >> (kTileMaskShift + 3) & 1; }
+__device__ __forceinline__ int mask_stage(uint32_t word) { return word >> kMaskStageShift & 3; }
+__device__ __forceinline__ uint32_t mask_parity(uint32_t word) { return word >> kMaskParityShift & 1; }
 
 // What the consumers have to know of a row tile.
 struct RowTile {
@@ -123,8 +129,11 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
     }
     Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait_warp(k_ring.parity ^ 1);
     if (lane == 0) {
-      store_shared_32(shared + Layout::kTileWords + k_ring.stage * 4,
-                      tile_word(order, mask_ring.stage, mask_ring.parity));
+      const auto word = [&](int warpgroup) { return tile_word(order, warpgroup, mask_ring.stage, mask_ring.parity); };
+      if (Config::kMasks) {
+        store_shared_128(shared + Layout::kTileWords + k_ring.stage * 16,
+                         make_uint4(word(0), word(1), word(2), word(3)));
+      }
       load_columns(maps.k, shared + Layout::kK + k_ring.stage * KTile::kBytes,
                    Barrier{shared + Layout::kKFull + k_ring.stage * 8}, order.column_tile, head_k, batch);
     }
@@ -154,16 +163,18 @@ __device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t share
         static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
     // Asked for before the wait: with one place for masks, consumers would otherwise wait for memory at the second of
     // two partial tiles in a row.
-    const int column_begin = order.column_tile * Config::kColumns, pair = warp * 32 + lane;
+    const int column_begin = order.column_tile * Config::kColumns;
+    const bool shares_rows = Config::kMaskRowShares > 1;
+    const int pair = (shares_rows ? 0 : warp) * 32 + lane, row_share = shares_rows ? warp : 0;
     const ColumnPair bounds =
         load_bounds(p.op, p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, column_begin + pair * 2);
     const Barrier empty{shared + Layout::kMaskEmpty + mask_ring.stage * 8};
     empty.wait_warp(mask_ring.parity ^ 1);
-    const int idle = Config::kConsumers - __popc(order.flags & kAnyPartial);
+    const uint32_t partial = masked_warpgroups(order.flags);
+    const int idle = Config::kConsumers - __popc(partial);
     if (Config::kMasksByNeed && warp == 0 && idle > 0) empty.arrive_for_warps(idle * 4);
     write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op, bounds,
-                       order.row_tile * Config::kRows, column_begin, pair,
-                       (order.flags & kAnyPartial) >> kPartialShift);
+                       order.row_tile * Config::kRows, column_begin, pair, row_share, partial);
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
     mask_ring.advance();
   }

@@ -6,7 +6,7 @@
 namespace flashmask::sm90 {
 
 // The forward kernel numbers column tiles, of 64 keys at least, with so many bits (tile_word in forward_producer.cuh).
-constexpr int kColumnTileBits = 21;
+constexpr int kColumnTileBits = 23;
 constexpr int64_t kMaxKeys = int64_t{64} << kColumnTileBits;
 
 }  // namespace flashmask::sm90
