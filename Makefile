@@ -62,7 +62,7 @@ cuda-lib: venv  ## build build/cuda/libflashmask.so with the CUDA kernels (needs
 	$(VENV)/bin/cmake -S custom_ops -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DFLASHMASK_CUDA=ON
 	$(VENV)/bin/cmake --build build/cuda
 
-LINTED_CXX = $(shell git ls-files {custom_ops,tests}/'*'.{h,cc,cpp,cu,cuh})
+LINTED_CXX = $(shell git ls-files {custom_ops,tests,benchmarks}/'*'.{h,cc,cpp,cu,cuh})
 
 lint: venv  ## ruff, clang-format, mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,7 @@
 // What a multiprocessor of Hopper makes of the forward pass's main loop when nothing else is in the way: no barriers,
-// no copies, no masks, no ends of row tiles. Exponentials (with their sums and roundings) and products alone, then as the
-// kernel has them: scores of the next keys beside the output of these. Prints cycles for 64 rows x 128 keys as JSON.
+// no copies, no masks, no ends of row tiles. Exponentials (with their sums and roundings) and products alone, then as
+// the kernel has them: scores of the next keys beside the output of these. Prints cycles for 64 rows x 128 keys as
+// JSON.
 //
 //     nvcc -gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -I custom_ops/flashmask -o roof benchmarks/cuda/roof.cu
 //     ./roof
@@ -21,7 +22,8 @@ using T = __nv_bfloat16;
 
 // Keys: of one pass of the loop, half of a tile of 128 or all of it.
 template <int kHeadDim, int kWarpgroups, int kKeys, bool kExponentials, bool kProducts>
-__global__ void __launch_bounds__(kWarpgroups * 128, 1) roof_kernel(int passes, float scale, float* out, int64_t* cycles) {
+__global__ void __launch_bounds__(kWarpgroups * 128, 1)
+    roof_kernel(int passes, float scale, float* out, int64_t* cycles) {
   extern __shared__ __align__(1024) char raw[];
   using QTile = Panels<64 * kWarpgroups, kHeadDim>;
   using KTile = Panels<128, kHeadDim>;
@@ -45,6 +47,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1) roof_kernel(int passes, 
   softmax.reference[0] = softmax.reference[1] = 1.0f;
   int moved = 0;
 
+  // Without exponentials they are summed up: the assembler drops scores that nothing reads.
   const auto issue_scores = [&](int first_key) {
     const uint64_t q = descriptor_of(low_q, high_q);
     const uint64_t k = descriptor_of(low_k + static_cast<uint32_t>(KTile::row_distance(first_key)), high_k);
@@ -53,7 +56,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1) roof_kernel(int passes, 
 #pragma unroll
     for (int d = 0; d < kHeadDim; d += 16) {
       wgmma<T, Major::kK, Major::kK>(scores, QTile::moved(q, QTile::column_distance(d)),
-                                     KTile::moved(k, KTile::column_distance(d)), d > 0);
+                                     KTile::moved(k, KTile::column_distance(d)), !kExponentials || d > 0);
     }
     wgmma_commit();
   };
@@ -86,7 +89,8 @@ __global__ void __launch_bounds__(kWarpgroups * 128, 1) roof_kernel(int passes, 
     });
     fence_registers(scores);
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
+    for (int step = 0; step < kKeys / 16; ++step)
+      pack_operand<T>(weights[step], scores[step * 2], scores[step * 2 + 1]);
     fence_registers(weights);
     if (large) ++moved;
   };
