@@ -137,7 +137,8 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 __device__ __forceinline__ void finish_reads_before_async_proxy() { fence_async_proxy(); }
 
 // Moves registers between warpgroups: producers give up what consumers need. The pool is what the block was started
-// with (168 a thread for three warpgroups, 128 for four): asking for more than was given up waits for ever.
+// with (168 a thread for three warpgroups, 128 for four, 96 for five): asking for more than was given up waits for
+// ever.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

@@ -37,8 +37,9 @@ struct Turn {
   }
 };
 
-// Which part of a column tile a pass is about, and whether it is the first that is seen of it (kEnters), or the last
-// that there is (kLeaves): with that K is free. `index` is a constant where the pass is written for one part.
+// Which part of a column tile a pass is about; whether it is the first that is seen of the tile (kEnters), and whether
+// the pass frees K (kLeaves). A pass that enters a tile in parts cannot know whether the other part is seen: if not,
+// finish_tile frees K behind it. `index` is a constant where the pass is written for one part.
 template <bool kEnters_, bool kLeaves_>
 struct TilePart {
   static constexpr bool kEnters = kEnters_, kLeaves = kLeaves_;
@@ -54,7 +55,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   constexpr int kHeadDim = Layout::kHeadDim;
   constexpr int kParts = Config::kParts, kLastPart = kParts - 1;
   constexpr int kScoreGroups = Config::kPartColumns / 8, kSteps = Config::kPartColumns / 16;
-  static_assert(kParts == 1 || (Config::kMasksByNeed && !Config::kTakesTurns));
+  static_assert(kParts == 1 || (Config::kMasksByNeed && !Config::kTakesTurns && !Config::kOutputInQuery));
   using WholeTile = TilePart<true, true>;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
   const Turn<Config::kConsumers, Config::kTakesTurns> turn{warpgroup};
@@ -221,7 +222,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto look_at_next = [&](auto part) {
     using Part = decltype(part);
     if (Part::kEnters) enter_tile();
-    // What is special of the other part is not of this one. (What it sees is in its word.)
+    // What is special of the other part is not of this one. With kEveryTile something is left in any case: that the
+    // tile is seen.
     special = weighed & special_bits;
     if (kParts > 1 && Part::kEnters != Part::kLeaves) {
       special &= Part::kEnters ? ~(kMasksLastPart | kTileLast) : ~kMasksFirstPart;
@@ -238,9 +240,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       --owed;
     }
   };
-  // After the scores of a tile have come, of the first or not: frees K, and Q after the last; masks; exponentials
-  // (weigh of softmax.cuh); then the next K where that was not waited for before, and the next row tile where there are
-  // registers for it. Returns whether references have to move.
+  // After the scores of a tile's part have come, of the row tile's first or not: frees K if the tile is left with it,
+  // and Q if the row tile is; masks; exponentials (weigh of softmax.cuh); then the next K where that was not waited for
+  // before, and the next row tile where there are registers for it. Returns whether references have to move.
   const auto scores_to_weights = [&](auto is_first, auto part, const auto& halfway) {
     constexpr bool kFirst = decltype(is_first)::value, kLeaves = decltype(part)::kLeaves;
     fence_registers(scores);
@@ -411,6 +413,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       turn.wait();
       trace(Event::kTurn);
       const auto entry = entry_part();
+      // Behind a gap: look_at_next does not know that an entry may be the last part. (Passes that end a row tile treat
+      // every entry as special.)
       if (kParts > 1) special_bits = kEveryTile;
       issue_scores(entry);
       turn.pass();
@@ -425,8 +429,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
       if (first_large) move_references(entry.index);
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
-      // between them. The chain breaks at a tile that these rows do not see (without turns: only where kSkips of them
-      // were skipped before), and at the end of a row tile whose output goes through the place of Q.
+      // between them. The chain breaks at a tile that these rows do not see (in parts: at the end of a row tile only
+      // behind kSkips of them), and at the end of a row tile whose output goes through the place of Q.
       if constexpr (kParts == 1) {
         while (true) {
           bool large = false;
@@ -462,7 +466,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
             skip_tile(true);
             if (ended == 0) wait_k();
           }
-          // Behind a gap in its own row tile, a chain of its own begins.
+          // Behind a gap in its own row tile, a chain of its own begins. (That it is no end shows only now.)
           if (!begun || ended != 0 || !is_seen()) break;
           begun = false;
           const auto next_entry = entry_part();

@@ -1,6 +1,8 @@
 // Online softmax in base 2 over accumulator fragments of wgmma: a thread has two rows, lane / 4 and eight below it, and
 // shares each with the three other threads of its quad.
 //
+// A "tile" here is what is weighed at a time: a column tile, or a part of one (forward_config.h).
+//
 // Weights are 2^(score - reference), and a row's reference is the largest score of the first tile in which it sees
 // anything. What later tiles bring may well be larger: a weight of more than one is no worse than a smaller one. Only
 // when weights become large does the reference move to the largest score, and what was summed is scaled down. So once
