@@ -6,8 +6,7 @@
 
 namespace flashmask::sm90 {
 
-// Named barriers: of one consumer warpgroup, of both, and "it is this warpgroup's turn".
-constexpr int kOwnBarrier = 1, kAllConsumers = 3, kTurnBarrier = 4;
+constexpr int kTurnBarrier = 4;  // named barriers: "it is this warpgroup's turn", one each
 
 __device__ __forceinline__ Step read_step(uint32_t address) {
   const uint4 words = load_shared_128(address);

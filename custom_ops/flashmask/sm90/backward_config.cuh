@@ -19,6 +19,7 @@ struct BackwardShape {
   static constexpr int kKeyPlaces = kKeyPlaces_, kPlaceKeys = kPlaceKeys_;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
+  static constexpr int kStepsAhead = 6;  // about 12 us before a column tile ends: time for several questions to memory
 };
 
 // Above 128 dims: the consumer warpgroups share 64 keys; one makes P and dV, the other dS and dK (backward_wide.cuh).
@@ -28,6 +29,7 @@ struct WideBackwardShape {
   static constexpr int kRows = 64, kColumns = 64, kConsumers = 2, kKeyPlaces = 1, kPlaceKeys = 64;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
+  static constexpr int kStepsAhead = 3;  // of 3 us
   static constexpr bool kSplitsDims = true;
 };
 

@@ -1,6 +1,6 @@
-// Backward for Hopper: column tiles of one key head, over the query heads of its group and their active row tiles. Up
-// to 128 dims persistent blocks take one after the other, and prepare and finish rows in between; above there is a
-// block for each, and rows have kernels of their own.
+// Backward for Hopper: persistent blocks take one column tile of a key head after the other, over the query heads of
+// its group and their active row tiles. Up to 128 dims they prepare and finish rows in between; above rows have kernels
+// of their own.
 //
 // A producer warpgroup moves tiles by TMA, two consumer warpgroups compute. Scores are computed transposed,
 // S^T = K Q^T: keys are then on the M axis of the accumulators, so P^T and dS^T become register operands of
@@ -14,7 +14,6 @@
 #include "../cuda/launch.h"
 #include "../cuda/launch_kernel.cuh"
 #include "../cuda/multiprocessors.h"
-#include "backward_epilogue.cuh"
 #include "backward_keys.cuh"
 #include "backward_mainloop.cuh"
 #include "backward_producer.cuh"
@@ -25,53 +24,6 @@
 #include "tensor_map.h"
 
 namespace flashmask::sm90 {
-
-// All of a block above 128 dims: one column tile.
-template <typename T, int kHeadDim, bool kDeterministic>
-__device__ __forceinline__ void run_wide(const KernelParams& p, const BackwardMaps& maps, uint32_t base, int warp) {
-  using Layout = BackwardLayout<kHeadDim>;
-  using KTile = typename Layout::KTile;
-  const bool sparse = takes_sparse_schedule(p);
-  int number = blockIdx.x;
-  if constexpr (kDeterministic) {
-    const uint32_t ticket = base + Layout::kWork;
-    if (threadIdx.x == 0) store_shared_32(ticket, atomicAdd(p.work_counter, 1));
-    __syncthreads();
-    number = load_shared_32(ticket);
-  }
-  ColumnWork work = column_work(p, number, sparse);
-  if (warp == 0) work.first_row_tile = first_row_tile(p, work);  // nobody else goes through the rows, but in turns
-  const BackwardBlock block(p, work);
-  if (warp < kWarpgroup / 32) {
-    shrink_registers<24>();
-    if (warp == 0) {
-      RowRings<typename Layout::Config> rings;
-      bring_rows<kHeadDim>(p, maps, block, base, &rings, [](const auto&) {});
-      bring_end<kHeadDim>(base, &rings, {Step::kEndOfTile, 0, 0, block.masks(p.op) - 1});
-    } else if (warp == 3) {
-      bring_wide_keys<kHeadDim>(p, maps, block, column_work(p, number + kBlocksAhead, sparse), base);
-    } else if (kDeterministic && warp <= Layout::Config::kConsumers) {
-      manage_turns<kHeadDim>(p, block, base, warp - 1);
-    }
-  } else {
-    grow_registers<240>();
-    const WideConsumer<T, kHeadDim, kDeterministic> consumer{base};
-    float gradient[kHeadDim / 8][4];
-    const bool makes_p = warp < 2 * kWarpgroup / 32;
-    if (makes_p) {
-      consumer.make_p(p, gradient);
-    } else {
-      consumer.make_ds(p, gradient);
-    }
-    // At one place for both warpgroups, which the tools that check synchronisation want of a barrier.
-    named_barrier_sync(kAllConsumers, 2 * kWarpgroup);  // all are done with K and V
-    if (makes_p) {
-      store_alone<T, KTile>(gradient, 1.0f, maps.dv, base + Layout::kV, kOwnBarrier, block);
-    } else {
-      store_alone<T, KTile>(gradient, p.op.softmax_scale, maps.dk, base + Layout::kK, kOwnBarrier + 1, block);
-    }
-  }
-}
 
 template <typename T, int kHeadDim, bool kDeterministic>
 __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
@@ -90,11 +42,17 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   __syncthreads();
 
   const int warp = uniform(threadIdx.x / 32);
-  if constexpr (Config::kWide) {
-    run_wide<T, kHeadDim, kDeterministic>(p, maps, base, warp);
-  } else if (warp < kWarpgroup / 32) {
+  if (warp < kWarpgroup / 32) {
     shrink_registers<24>();
-    if (warp == 0) {
+    if constexpr (Config::kWide) {
+      if (warp == 0) {
+        bring_wide_rows<kHeadDim>(p, maps, base);
+      } else if (warp <= Config::kConsumers) {
+        manage_turns<kHeadDim>(p, base, warp - 1);
+      } else {
+        bring_wide_keys<kHeadDim>(p, maps, base);
+      }
+    } else if (warp == 0) {
       WorkBringer<kHeadDim>{p, maps, base}.run();
     } else if (warp <= Config::kConsumers) {
       take_dq_away<kHeadDim, kDeterministic>(p, base, warp - 1);
@@ -103,7 +61,16 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
     }
   } else {
     grow_registers<240>();
-    BackwardConsumer<T, kHeadDim, kDeterministic>(base).run(p, maps);
+    if constexpr (Config::kWide) {
+      WideConsumer<T, kHeadDim, kDeterministic> consumer(base);
+      if (warp < 2 * kWarpgroup / 32) {
+        consumer.make_p(p);
+      } else {
+        consumer.make_ds(p);
+      }
+    } else {
+      BackwardConsumer<T, kHeadDim, kDeterministic>(base).run(p, maps);
+    }
   }
 }
 
@@ -126,10 +93,9 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
   constexpr int kPanelK = Layout::KTile::kPanel, kPanelQ = Layout::QTile::kPanel;
   make(&maps->k, op.k, op.seqlen_k, op.heads_k, op.head_dim, Config::kPlaceKeys, kPanelK);
   make(&maps->v, op.v, op.seqlen_k, op.heads_k, op.head_dim_v, 64, kPanelK);
-  if constexpr (Config::kWide || Layout::kGradientsByDs) {
-    constexpr int kKeys = Config::kWide ? 64 : 16;
-    make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, kKeys, kPanelK);
-    make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, kKeys, kPanelK);
+  if constexpr (Layout::kGradientsByDs) {
+    make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 16, kPanelK);
+    make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 16, kPanelK);
   }
   if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
     maps->q = maps->dout = maps->out = maps->k;
@@ -177,13 +143,13 @@ cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
   return launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
 }
 
-// Column tiles as the grid, between kernels for rows.
+// Between kernels for rows.
 template <typename T, int kHeadDim>
 cudaError_t launch_with_row_kernels(const KernelParams& p, cudaStream_t stream) {
   cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
-  if (status == cudaSuccess && p.column_works > 0) {
-    status = launch_backward_kernel<T, kHeadDim>(p, p.column_works, stream);
-  }
+  int blocks = p.column_works;
+  if (status == cudaSuccess) status = limit_to_multiprocessors(&blocks);
+  if (status == cudaSuccess && blocks > 0) status = launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
   return status == cudaSuccess ? launch_finish_rows<T, kHeadDim>(p, stream) : status;
 }
 

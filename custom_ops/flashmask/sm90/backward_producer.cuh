@@ -137,11 +137,46 @@ __device__ __forceinline__ void bring_row_tile(const KernelParams& p, const Back
   rings->dout.advance();
 }
 
-// All work of a persistent block. What comes next is asked for (backward_scheduler.cuh) when a column tile has so many
-// steps to go, or with the first rows of a row item: so the keys of a column tile that follows are on their way by
-// then.
-constexpr int kStepsAhead = 6;
+// What comes next is asked for when a column tile has kStepsAhead to go, or with the first rows of a row item: so the
+// keys of a column tile that follows are on their way by then.
+template <int kHeadDim>
+__device__ __forceinline__ void ask_for_next(uint32_t shared_base) {
+  BackwardBarriers<kHeadDim>{opaque(shared_base)}.asked().arrive_warp();
+}
 
+// All steps of a column tile, for a whole warp.
+template <int kHeadDim>
+__device__ __forceinline__ void bring_column_tile(const KernelParams& p, const BackwardMaps& maps,
+                                                  const BackwardBlock& block, uint32_t shared_base,
+                                                  RowRings<BackwardConfig<kHeadDim>>* rings) {
+  // With turns, not ahead: those of other blocks that come later would wait for a ticket that lies here.
+  const int ahead = p.turns != nullptr ? 0 : BackwardConfig<kHeadDim>::kStepsAhead;
+  bool asked = false;
+  bring_rows<kHeadDim>(p, maps, block, shared_base, rings, [&](const auto& left) {
+    if (!asked && left() < ahead) {
+      ask_for_next<kHeadDim>(shared_base);
+      asked = true;
+    }
+  });
+  if (!asked) ask_for_next<kHeadDim>(shared_base);
+  bring_end<kHeadDim>(
+      shared_base, rings,
+      {Step::kEndOfTile, block.column_begin, block.batch * p.op.heads_k + block.head_k, block.masks(p.op) - 1});
+}
+
+// All rows of a block above 128 dims.
+template <int kHeadDim>
+__device__ __forceinline__ void bring_wide_rows(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
+  RowRings<BackwardConfig<kHeadDim>> rings;
+  for (uint32_t number = 0; wait_for_work<kHeadDim>(shared_base, number); ++number) {
+    const BackwardBlock block(p, read_work<kHeadDim>(shared_base, number));
+    free_work<kHeadDim>(shared_base, number);
+    bring_column_tile<kHeadDim>(p, maps, block, shared_base, &rings);
+  }
+  bring_end<kHeadDim>(shared_base, &rings, {Step::kEndOfWork, 0, 0, 0});
+}
+
+// All work of a persistent block up to 128 dims.
 template <int kHeadDim>
 struct WorkBringer {
   const KernelParams& p;
@@ -151,26 +186,13 @@ struct WorkBringer {
   uint32_t number = 0, columns = 0;  // of items and of column tiles so far
 
   __device__ __forceinline__ WorkItem item() const { return read_item<kHeadDim>(opaque(shared_base), number); }
-  __device__ __forceinline__ void ask() const { BackwardBarriers<kHeadDim>{opaque(shared_base)}.asked().arrive_warp(); }
 
   __device__ __forceinline__ void bring_column_tile() {
     const BackwardBlock block(p, read_work<kHeadDim>(shared_base, columns));
     trace(Event::kWaitsForRows);
     if (item().waits) wait_for_rows(p, block);
     trace(Event::kRowsPrepared);
-    // With turns, not ahead: those of other blocks that come later would wait for a ticket that lies here.
-    const int ahead = p.turns != nullptr ? 0 : kStepsAhead;
-    bool asked = false;
-    bring_rows<kHeadDim>(p, maps, block, shared_base, &rings, [&](const auto& left) {
-      if (!asked && left() < ahead) {
-        ask();
-        asked = true;
-      }
-    });
-    if (!asked) ask();
-    bring_end<kHeadDim>(
-        shared_base, &rings,
-        {Step::kEndOfTile, block.column_begin, block.batch * p.op.heads_k + block.head_k, block.masks(p.op) - 1});
+    sm90::bring_column_tile<kHeadDim>(p, maps, block, shared_base, &rings);
     free_work<kHeadDim>(shared_base, columns++);
   }
 
@@ -183,7 +205,7 @@ struct WorkBringer {
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       bring_row_tile<kHeadDim>(p, maps, item(), i, shared_base, &rings);
-      if (i == 0) ask();
+      if (i == 0) ask_for_next<kHeadDim>(shared_base);
     }
   }
 

@@ -10,6 +10,7 @@
 
 #include "../cuda/element.cuh"
 #include "backward_access.cuh"
+#include "backward_work.cuh"
 #include "global_memory.cuh"
 #include "trace.cuh"
 

@@ -73,11 +73,6 @@ struct BackwardScheduler {
   int claim = 0;                    // the row item that this block is to finish
   bool has_tickets = true, just_finishes = false;
 
-  static __device__ __forceinline__ int count_on(int32_t* counter) {
-    int before = 0;
-    if (threadIdx.x % 32 == 0) before = atomicAdd(counter, 1);
-    return __shfl_sync(kAllLanes, before, 0);
-  }
   __device__ __forceinline__ void take_claim() { claim = count_on(p.finish_counter); }
   __device__ __forceinline__ bool has_claim() const {
     return claim < p.op.batch * p.op.heads_q * static_cast<int>(opaque(p.row_items));

@@ -36,11 +36,10 @@ __device__ __forceinline__ int turns_before(const KernelParams& p, int64_t mask_
   return __reduce_add_sync(kAllLanes, before);
 }
 
-// One warp, for all steps of a column tile. What the kernel for fewer dims uses to move dQ says here whose turn it is:
+// One warp, for all steps of a block. What the kernel for fewer dims uses to move dQ says here whose turn it is:
 // `dq_empty` that the warpgroup may add, `dq_full` that it has (the instructions are on their way).
 template <int kHeadDim>
-__device__ __forceinline__ void manage_turns(const KernelParams& p, const BackwardBlock& block, uint32_t shared_base,
-                                             int consumer) {
+__device__ __forceinline__ void manage_turns(const KernelParams& p, uint32_t shared_base, int consumer) {
   using Config = BackwardConfig<kHeadDim>;
   const BackwardBarriers<kHeadDim> barriers{shared_base};
   const bool leader = threadIdx.x % 32 == 0;
@@ -53,15 +52,21 @@ __device__ __forceinline__ void manage_turns(const KernelParams& p, const Backwa
     if (leader) count_up(added);
     __syncwarp();
   };
-  for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
-    int32_t* turn = p.turns + (block.batch_head(p.op, head) * p.lists.row_tiles + tile) * Config::kConsumers + consumer;
-    const int before = turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile);
+  for (uint32_t number = 0; wait_for_work<kHeadDim>(shared_base, number); ++number) {
+    const BackwardBlock block(p, read_work<kHeadDim>(shared_base, number));
+    free_work<kHeadDim>(shared_base, number);
+    if (p.turns == nullptr) continue;
+    for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
+      int32_t* turn = sums_state(p, block.batch_head(p.op, head) * p.lists.row_tiles + tile, consumer);
+      const int before = turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile);
+      if (added != nullptr) count_added();
+      wait_to_add(turn, before);
+      barriers.dq_empty(consumer).arrive_warp();
+      added = turn;
+    });
     if (added != nullptr) count_added();
-    wait_to_add(turn, before);
-    barriers.dq_empty(consumer).arrive_warp();
-    added = turn;
-  });
-  if (added != nullptr) count_added();
+    added = nullptr;
+  }
 }
 
 }  // namespace flashmask::sm90

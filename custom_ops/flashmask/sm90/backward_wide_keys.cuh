@@ -1,37 +1,37 @@
-// The warp of the backward kernel above 128 dims that brings what belongs to keys: K, V and the intervals of the masks.
+// The warp of the backward kernel above 128 dims that takes tickets and brings what belongs to keys: K, V and the
+// intervals of the masks.
 #pragma once
 
 #include "backward_keys.cuh"
 
 namespace flashmask::sm90 {
 
-// About as many blocks run at once (one on each of 132 multiprocessors), so the one this far behind starts when this
-// one ends: keys that it will load are in the L2 cache then. Nothing but time depends on it.
-constexpr int kBlocksAhead = 132;
-
-// `later` may be no work.
+// One warp, for all column tiles of a persistent block. The next one is taken when the warp that brings rows asks for
+// it: its keys go to the L2 cache then, and to shared memory as soon as the places are free.
 template <int kHeadDim>
-__device__ __forceinline__ void bring_wide_keys(const KernelParams& p, const BackwardMaps& maps,
-                                                const BackwardBlock& block, const ColumnWork& later,
-                                                uint32_t shared_base) {
-  using KTile = typename BackwardLayout<kHeadDim>::KTile;
+__device__ __forceinline__ void bring_wide_keys(const KernelParams& p, const BackwardMaps& maps, uint32_t shared_base) {
   const bool leader = threadIdx.x % 32 == 0;
-  if (leader) {
-    load_k<kHeadDim>(maps, block, shared_base, 0, 0);
-    load_v<kHeadDim>(maps, block, shared_base, 0);
+  const bool sparse = takes_sparse_schedule(p);
+  Ring<1> bounds;
+  for (uint32_t number = 0;; ++number) {
+    const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};
+    if (number > 0) barriers.asked().wait_warp((number - 1) % 2);
+    ColumnWork work = column_work(p, count_on(p.work_counter), sparse);
+    work.first_row_tile = first_row_tile(p, work);
+    tell_work<kHeadDim>(work, shared_base, number);
+    if (work.batch < 0) return;
+    const BackwardBlock block(p, work);
+    if (leader && number > 0) prefetch_keys<kHeadDim>(maps, block, p.op.seqlen_k);
+    __syncwarp();
+    // V is free after the last dP^T, K when both warpgroups have their last dQ.
+    barriers.v_empty(0).wait_warp(number % 2 ^ 1);
+    if (leader) load_v<kHeadDim>(maps, block, shared_base, 0);
+    __syncwarp();
+    barriers.k_empty(0).wait_warp(number % 2 ^ 1);
+    if (leader) load_k<kHeadDim>(maps, block, shared_base, 0, 0);
+    __syncwarp();
+    bring_bounds<kHeadDim>(p, shared_base, &bounds, block, 0, block.masks(p.op));
   }
-  __syncwarp();
-  Ring<1> ring;
-  bring_bounds<kHeadDim>(p, shared_base, &ring, block, 0, 1);
-  if (leader && later.batch >= 0) {
-    const int first_key = later.column_tile * KTile::kRows;
-    for (int dim = 0; dim < kHeadDim; dim += KTile::kPanel) {
-      prefetch_box(maps.k, dim, first_key, later.head_k, later.batch);
-      prefetch_box(maps.v, dim, first_key, later.head_k, later.batch);
-    }
-  }
-  __syncwarp();
-  bring_bounds<kHeadDim>(p, shared_base, &ring, block, 1, block.masks(p.op) - 1);
 }
 
 }  // namespace flashmask::sm90

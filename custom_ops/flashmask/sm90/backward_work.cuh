@@ -1,8 +1,8 @@
 // What a block of the backward kernels works on: column tiles of key heads, and their row tiles.
 //
-// Up to 128 dims the grid is persistent, and rows are prepared and finished as pieces of its work, too (row items). One
-// warp takes tickets until there are none, finishes rows in between, and tells the other producer warps of column tiles
-// through slots in shared memory; consumers only see steps.
+// The grid is persistent. One warp takes tickets until there are none, and tells the other producer warps of column
+// tiles through slots in shared memory; consumers only see steps. Up to 128 dims rows are prepared and finished as
+// pieces of the same work, too (row items).
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -16,7 +16,7 @@ struct BackwardMaps {
   CUtensorMap q, dout, out;  // boxes of one row tile
   CUtensorMap k;             // boxes of one place
   CUtensorMap v;             // boxes of 64 keys: one warpgroup's up to 128 dims
-  CUtensorMap dk, dv;        // above 128 dims boxes of 64 keys; where kGradientsByDs of a warp's 16
+  CUtensorMap dk, dv;        // where kGradientsByDs, of a warp's 16 keys
 };
 
 // A column tile of a key head.
@@ -55,6 +55,13 @@ __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int tic
 enum SumsState : int32_t { kNoSums = 0, kBeingStored = 1, kStored = 2 };
 __device__ __forceinline__ int32_t* sums_state(const KernelParams& p, int64_t row_tile, int consumer) {
   return (p.turns != nullptr ? p.turns : p.sums) + row_tile * 2 + consumer;
+}
+
+// Counts on for a whole warp; returns what was there before.
+__device__ __forceinline__ int count_on(int32_t* counter) {
+  int before = 0;
+  if (threadIdx.x % 32 == 0) before = atomicAdd(counter, 1);
+  return __shfl_sync(kAllLanes, before, 0);
 }
 
 // A piece of a persistent block's work: a column tile, or rows to prepare or finish.
