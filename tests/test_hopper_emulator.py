@@ -245,7 +245,8 @@ def direction_of(kernel: str) -> str:
 
 # mbarriers in the order of their init, without those that the head dim does not use (P^T up to 128; dQ above, but for
 # turns). Above, the waits for an empty P^T or dS^T are left out too: they follow from the waits for full ones of the
-# step before; and that for a ticket that is wanted, for which it may come too early only. "unmasked" is the forward kernel for calls in which nothing masks: where it has one place for Q, the wait
+# step before; and those for a ticket that is wanted, which may only come too early, and for a place to tell it, which is
+# free when it is wanted. "unmasked" is the forward kernel for calls in which nothing masks: where it has one place for Q, the wait
 # for a free place to describe the next row tile follows from the wait for that of Q.
 USED_BARRIERS = [
     ("forward", 64, range(56)),
@@ -255,7 +256,7 @@ USED_BARRIERS = [
     ("unmasked", 128, sorted({*range(32)} - {14, 15})),
     ("backward", 128, sorted({*range(38)} - {12, 13, 16, 17})),
     ("backward", 64, range(26, 32)),  # K in three places: the rest is as at 128
-    ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 19, *range(24, 28), *range(30, 34)]),
+    ("backward", 256, [*range(8), 8, 10, 12, 14, 18, 19, *range(24, 28), 30, 32]),
 ]
 
 
@@ -330,16 +331,33 @@ def test_turns_are_waited_for(barrier: int, libraries: Libraries) -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "count"),
-    # Of prepared rows: by 8 warps for every item; of column tiles: by 2 warps; of sums: that they are stored.
-    [(64, 8), (64, 4), (64, 2), (128, 8), (128, 4), (128, 2)],
+    # Of prepared rows: by 8 warps for every item; of column tiles: by 2 warps; of sums: that they are stored. Above 128
+    # dims of four column tiles, each by one warp.
+    [(64, 8), (64, 4), (64, 2), (128, 8), (128, 4), (128, 2), (256, 4)],
 )
 def test_rows_are_waited_for(head_dim: int, count: int, libraries: Libraries) -> None:
-    """Up to 128 dims: that they are prepared, that sums are there to add to, and that all column tiles have added."""
+    """That they are prepared, that sums are there to add to, and that all column tiles have added."""
     cases = [dense_case(head_dim, number, s_k=200, blocks=2 + number % 2) for number in range(24)]
     # Many column tiles for few rows.
     cases += [dense_case(head_dim, number, s_q=70, s_k=900, blocks=4) for number in range(24)]
     library = libraries("backward", head_dim)
     assert any(is_noticed(case, library, (emulated.COUNT_WAIT, count)) for case in cases)
+
+
+def test_zeros_are_waited_for(tmp_path: Path) -> None:
+    """Above 128 dims: before dQ is added to them. They are always in time unless something holds them up."""
+    builder = compilation.Builder(tmp_path / "emulator")
+    rows = builder.source / "sm90" / "backward_wide_rows.cuh"
+    text = rows.read_text()
+    zeroed = "  float* zeroed = p.dq_accumulator"
+    assert text.count(zeroed) == 1
+    rows.write_text(text.replace(zeroed, "  for (int i = 0; i < 100; ++i) emulator::linger();\n" + zeroed))
+    library = Emulated(builder.library("backward", 256, ("bf16",)))
+    cases = [dense_case(256, number) for number in range(6)]
+    for case in cases:
+        assert max(case.errors(case.run(library)).values()) < LIMIT
+    row_tiles = 7  # of 64 rows, which are counted
+    assert any(is_noticed(case, library, (emulated.COUNT_WAIT, row_tiles)) for case in cases)
 
 
 @pytest.mark.parametrize(

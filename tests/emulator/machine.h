@@ -91,6 +91,8 @@ void named_barrier(int id, int threads, bool wait);
 void set_registers(int registers, bool grow);
 
 void wait_for_count(const int32_t* counter, int32_t value);
+// Unless a phase of the mbarrier is over before: returns whether the count was reached.
+bool wait_for_count_until(const int32_t* counter, int32_t value, uint32_t address, uint32_t parity);
 void count_up(int32_t* counter);
 
 // The copy engine: does everything later, at a time of its own choosing, at the latest when it is waited for.

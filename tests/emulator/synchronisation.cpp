@@ -84,6 +84,10 @@ void fence_async_proxy() {
 
 // ---- mbarriers ----
 
+namespace {
+std::vector<Thread*> waiting_for_counters;
+}
+
 MBarrier& Block::barrier_at(uint32_t address) {
   const auto found = barriers.find(address);
   if (found == barriers.end()) fail("there is no mbarrier at %u", address);
@@ -97,6 +101,7 @@ void Block::complete_if_done(MBarrier* barrier) {
   barrier->completed.swap(barrier->arriving);
   barrier->arriving.clear();
   make_all_ready(&barrier->waiting);
+  make_all_ready(&waiting_for_counters);  // some of them wait for this, too; the others look again in vain
 }
 
 void init_barrier(uint32_t address, int arrivals) {
@@ -234,19 +239,29 @@ void set_registers(int registers, bool grow) {
 
 // ---- counters ----
 
-namespace {
-std::vector<Thread*> waiting_for_counters;
-}
-
 void forget_counters() { waiting_for_counters.clear(); }
+
+namespace {
+void sleep_at_counter(const int32_t* counter, int32_t value) {
+  waiting_for_counters.push_back(current);
+  current->counter = counter;
+  current->target = value;
+  block_on(State::kAtCounter);
+}
+}  // namespace
 
 void wait_for_count(const int32_t* counter, int32_t value) {
   if (options.fault == Fault::kCountWait && options.fault_index == value) return;
-  while (*counter < value) {
-    waiting_for_counters.push_back(current);
-    current->counter = counter;
-    current->target = value;
-    block_on(State::kAtCounter);
+  while (*counter < value) sleep_at_counter(counter, value);
+}
+
+bool wait_for_count_until(const int32_t* counter, int32_t value, uint32_t address, uint32_t parity) {
+  if (options.fault == Fault::kCountWait && options.fault_index == value) return true;
+  while (true) {
+    if (test_barrier(address, parity)) return false;
+    if (*counter >= value) return true;
+    // A phase may have ended, or a count been reached, in test_barrier: nothing yields from here on.
+    if (barrier_waited_for(address, parity).phase == parity) sleep_at_counter(counter, value);
   }
 }
 

@@ -164,7 +164,8 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier asked() const { return at(kAsked); }
   __device__ __forceinline__ Barrier answered() const { return at(kAsked + 1); }
 
-  __device__ __forceinline__ void init() const {
+  // `slot_readers`: warps that a slot of work is told to, besides the one that brings keys.
+  __device__ __forceinline__ void init(int slot_readers) const {
     for (int stage = 0; stage < Config::kQStages; ++stage) {
       q_full(stage).init(1);
       q_empty(stage).init_warps(kConsumerWarps);
@@ -199,7 +200,7 @@ struct BackwardBarriers {
     }
     for (int slot = 0; slot < kWorkSlots; ++slot) {
       work_full(slot).init_warps(1);
-      work_empty(slot).init_warps(1 + Config::kConsumers);  // warps that bring rows or take dQ away
+      work_empty(slot).init_warps(slot_readers);
     }
     asked().init_warps(1);
     answered().init_warps(1);

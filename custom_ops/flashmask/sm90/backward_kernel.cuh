@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   const uint32_t base = shared_address(raw);
 
   if (threadIdx.x == 0) {
-    BackwardBarriers<kHeadDim>{base}.init();
+    // Warps that bring rows, take dQ away or manage turns.
+    constexpr int kSlotReaders = Config::kWide && !kDeterministic ? 1 : 1 + Config::kConsumers;
+    BackwardBarriers<kHeadDim>{base}.init(kSlotReaders);
   } else if (threadIdx.x == 32) {
     for (const CUtensorMap* map : {&maps.k, &maps.v, &maps.q, &maps.dout}) prefetch_map(*map);
     if constexpr (!Config::kWide) prefetch_map(maps.out);
@@ -48,7 +50,11 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
       if (warp == 0) {
         bring_wide_rows<kHeadDim>(p, maps, base);
       } else if (warp <= Config::kConsumers) {
-        manage_turns<kHeadDim>(p, base, warp - 1);
+        if constexpr (kDeterministic) {
+          manage_turns<kHeadDim>(p, base, warp - 1);
+        } else {
+          work_on_rows<T, kHeadDim>(p, base);
+        }
       } else {
         bring_wide_keys<kHeadDim>(p, maps, base);
       }
@@ -155,10 +161,8 @@ cudaError_t launch_with_row_kernels(const KernelParams& p, cudaStream_t stream) 
 
 template <typename T, int kHeadDim>
 cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
-  if (!BackwardConfig<kHeadDim>::kWide || p.turns != nullptr || p.row_front != nullptr) {
-    const cudaError_t status = cudaMemsetAsync(p.work_counter, 0, p.counters * sizeof(int32_t), stream);
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = cudaMemsetAsync(p.work_counter, 0, p.counters * sizeof(int32_t), stream);
+  if (status != cudaSuccess) return status;
   if constexpr (!BackwardConfig<kHeadDim>::kWide) {
     if (p.column_works > 0) return launch_persistent<T, kHeadDim>(p, stream);  // else rows only: dQ is zero
   }

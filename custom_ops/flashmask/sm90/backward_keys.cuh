@@ -53,7 +53,7 @@ __device__ __forceinline__ void prefetch_keys(const BackwardMaps& maps, const Ba
     const int dim = panel * KTile::kPanel, key = block.column_begin;
     prefetch_box(maps.k, dim, key, block.head_k, block.batch, kEvictFirst);
     prefetch_box(maps.v, dim, key, block.head_k, block.batch, kEvictFirst);
-    if (key + 64 < seqlen_k) {
+    if (KTile::kRows > 64 && key + 64 < seqlen_k) {
       if constexpr (Layout::Config::kPlaceKeys == 64) {
         prefetch_box(maps.k, dim, key + 64, block.head_k, block.batch, kEvictFirst);
       }

@@ -38,7 +38,8 @@ struct WideConsumer {
   static_assert(kFirstDqGroups % kDqPiece == 0 && kLastDqGroups % kDqPiece == 0);
   static_assert(Config::kColumns == 64 && Config::kRows == 64);
 
-  uint32_t base;  // address of the shared memory
+  uint32_t base;    // address of the shared memory
+  int kept_thread;  // in the block; opaque: the compiler would read it anew in every step
 
   // All of this goes on from column tile to column tile.
   Ring<Config::kQStages> q;
@@ -46,11 +47,19 @@ struct WideConsumer {
   Ring<Config::kDsBuffers> ds;
   uint32_t tile_parity = 0;
 
-  __device__ __forceinline__ explicit WideConsumer(uint32_t base) : base(base) {}
+  __device__ __forceinline__ explicit WideConsumer(uint32_t base) : base(base), kept_thread(opaque(threadIdx.x)) {}
   __device__ __forceinline__ BackwardBarriers<kHeadDim> barriers() const { return {base}; }
-  __device__ __forceinline__ static int thread() { return threadIdx.x % kWarpgroup; }
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static int warp_key() { return threadIdx.x / 32 % 4 * 16; }
+  // Which takes long, but at 192 dims the order of work that comes of it is faster (log, backward #68).
+  __device__ __forceinline__ auto thread_in_block() const {
+    if constexpr (kHeadDim > 192) {
+      return kept_thread;
+    } else {
+      return threadIdx.x;
+    }
+  }
+  __device__ __forceinline__ int thread() const { return thread_in_block() % kWarpgroup; }
+  __device__ __forceinline__ int lane() const { return thread_in_block() % 32; }
+  __device__ __forceinline__ int warp_key() const { return thread_in_block() / 32 % 4 * 16; }
   __device__ __forceinline__ uint32_t q_place() const { return Layout::kQ + q.stage * QTile::kBytes; }
   __device__ __forceinline__ uint32_t do_place() const { return Layout::kDo + dout.stage * QTile::kBytes; }
 
@@ -106,8 +115,8 @@ struct WideConsumer {
   }
 
   // Waits for the first piece of dQ, which was issued, and adds `step`'s, unless there was no such step; meanwhile
-  // issues the other pieces and, but at a column tile's end, issue_scores(), which is waited for too. Calls multiplied()
-  // when dS and K are free.
+  // issues the other pieces and, but at a column tile's end, issue_scores(), which is waited for too. Calls
+  // multiplied() when dS and K are free.
   //
   // In the deterministic mode dQ is added when the producer warp says so (backward_turns.cuh), who then hears that it
   // is done. The parity is that of the step's number, so of its buffer of dS.
@@ -160,7 +169,7 @@ struct WideConsumer {
     const uint32_t intervals = base + Layout::kBounds;
     int bounds = -1;  // of which mask the intervals are, of all that the block gets
     Ring<Config::kDsBuffers> previous_ds{Config::kDsBuffers - 1, 1};  // of "step -1" nothing needs be waited for
-    bool has_ds = false;                                               // or freed
+    bool has_ds = false;                                              // or freed
 
     Step step = next_step();
     while (step.tile != Step::kEndOfWork) {

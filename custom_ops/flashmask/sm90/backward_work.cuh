@@ -57,6 +57,13 @@ __device__ __forceinline__ int32_t* sums_state(const KernelParams& p, int64_t ro
   return (p.turns != nullptr ? p.turns : p.sums) + row_tile * 2 + consumer;
 }
 
+// Above 128 dims two producer warps of the kernel for column tiles have nothing to do, but with turns: these zero dQ
+// and finish rows meanwhile (backward_wide_rows.cuh).
+template <int kHeadDim>
+__device__ __forceinline__ bool has_rows_meanwhile(const KernelParams& p) {
+  return BackwardConfig<kHeadDim>::kWide && p.turns == nullptr && p.column_works > 0;
+}
+
 // Counts on for a whole warp; returns what was there before.
 __device__ __forceinline__ int count_on(int32_t* counter) {
   int before = 0;

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "barrier.cuh"
 #include "cache_policy.cuh"
 
 namespace flashmask::sm90 {
@@ -35,6 +36,19 @@ __device__ __forceinline__ void wait_for_count_warp(const int32_t* counter, int3
     while (__any_sync(0xFFFFFFFFu, peek_count(counter) < value)) {
     }
   }
+}
+// The same, unless a phase of `end` is over before: returns whether the count was reached.
+__device__ __forceinline__ bool wait_for_count_warp_until(const int32_t* counter, int32_t value, Barrier end,
+                                                          uint32_t parity) {
+  while (!__any_sync(0xFFFFFFFFu, end.test(parity))) {
+    if (value == 0) return true;  // without a question to memory
+    if (!__any_sync(0xFFFFFFFFu, peek_count(counter) < value) &&
+        !__any_sync(0xFFFFFFFFu, read_count(counter) < value)) {
+      return true;
+    }
+    __nanosleep(2000);  // as long as an answer takes; and what others issue meanwhile is not held up
+  }
+  return false;
 }
 // To the multiprocessor's own cache; a hint.
 __device__ __forceinline__ void prefetch_near(const void* place) {

@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "barrier.cuh"
 #include "cache_policy.cuh"
 
 namespace flashmask::sm90 {
@@ -17,6 +18,11 @@ inline void wait_to_add(const int32_t* counter, int32_t value) { emulator::wait_
 inline void wait_for_count_warp(const int32_t* counter, int32_t value) {
   emulator::wait_for_count(counter, value);
   emulator::sync_warp("wait_for_count_warp");
+}
+inline bool wait_for_count_warp_until(const int32_t* counter, int32_t value, Barrier end, uint32_t parity) {
+  const bool reached = emulator::wait_for_count_until(counter, value, end.address, parity);
+  // Lanes may have seen different things; one that saw the end decides, as on the device.
+  return emulator::uniform(!reached) == 0;
 }
 inline void store_state(int32_t* place, int32_t value) {
   emulator::maybe_yield();
