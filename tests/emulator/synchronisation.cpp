@@ -86,7 +86,8 @@ void fence_async_proxy() {
 
 namespace {
 std::vector<Thread*> waiting_for_counters;
-}
+std::vector<Thread*> waiting_for_either;  // for a counter or the end of a phase: they look again after both
+}  // namespace
 
 MBarrier& Block::barrier_at(uint32_t address) {
   const auto found = barriers.find(address);
@@ -101,7 +102,7 @@ void Block::complete_if_done(MBarrier* barrier) {
   barrier->completed.swap(barrier->arriving);
   barrier->arriving.clear();
   make_all_ready(&barrier->waiting);
-  make_all_ready(&waiting_for_counters);  // some of them wait for this, too; the others look again in vain
+  make_all_ready(&waiting_for_either);
 }
 
 void init_barrier(uint32_t address, int arrivals) {
@@ -239,11 +240,14 @@ void set_registers(int registers, bool grow) {
 
 // ---- counters ----
 
-void forget_counters() { waiting_for_counters.clear(); }
+void forget_counters() {
+  waiting_for_counters.clear();
+  waiting_for_either.clear();
+}
 
 namespace {
-void sleep_at_counter(const int32_t* counter, int32_t value) {
-  waiting_for_counters.push_back(current);
+void sleep_at_counter(const int32_t* counter, int32_t value, std::vector<Thread*>* waiting) {
+  waiting->push_back(current);
   current->counter = counter;
   current->target = value;
   block_on(State::kAtCounter);
@@ -252,7 +256,7 @@ void sleep_at_counter(const int32_t* counter, int32_t value) {
 
 void wait_for_count(const int32_t* counter, int32_t value) {
   if (options.fault == Fault::kCountWait && options.fault_index == value) return;
-  while (*counter < value) sleep_at_counter(counter, value);
+  while (*counter < value) sleep_at_counter(counter, value, &waiting_for_counters);
 }
 
 bool wait_for_count_until(const int32_t* counter, int32_t value, uint32_t address, uint32_t parity) {
@@ -261,7 +265,9 @@ bool wait_for_count_until(const int32_t* counter, int32_t value, uint32_t addres
     if (test_barrier(address, parity)) return false;
     if (*counter >= value) return true;
     // A phase may have ended, or a count been reached, in test_barrier: nothing yields from here on.
-    if (barrier_waited_for(address, parity).phase == parity) sleep_at_counter(counter, value);
+    if (barrier_waited_for(address, parity).phase == parity) {
+      sleep_at_counter(counter, value, &waiting_for_either);
+    }
   }
 }
 
@@ -269,6 +275,7 @@ void count_up(int32_t* counter) {
   maybe_yield();
   ++*counter;
   make_all_ready(&waiting_for_counters);  // they look again
+  make_all_ready(&waiting_for_either);
 }
 
 }  // namespace emulator
