@@ -244,10 +244,11 @@ def direction_of(kernel: str) -> str:
 
 
 # mbarriers in the order of their init, without those that the head dim does not use (P^T up to 128; dQ above, but for
-# turns). Above, the waits for an empty P^T or dS^T are left out too: they follow from the waits for full ones of the
-# step before; and those for a ticket that is wanted, which may only come too early, and for a place to tell it, which is
-# free when it is wanted. "unmasked" is the forward kernel for calls in which nothing masks: where it has one place for Q, the wait
-# for a free place to describe the next row tile follows from the wait for that of Q.
+# turns). Above, these waits are left out too: for an empty P^T or dS^T, which follow from the waits for full ones of
+# the step before; for the wish for a ticket, which only may come too early; for a place to tell it, which is free when
+# it is wanted; and for the end of column tiles, without which rows are left to the kernel that follows. "unmasked" is
+# the forward kernel for calls in which nothing masks: where it has one place for Q, the wait for a free place to
+# describe the next row tile follows from the wait for that of Q.
 USED_BARRIERS = [
     ("forward", 64, range(56)),
     ("forward", 96, range(46)),

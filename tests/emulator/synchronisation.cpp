@@ -264,10 +264,7 @@ bool wait_for_count_until(const int32_t* counter, int32_t value, uint32_t addres
   while (true) {
     if (test_barrier(address, parity)) return false;
     if (*counter >= value) return true;
-    // A phase may have ended, or a count been reached, in test_barrier: nothing yields from here on.
-    if (barrier_waited_for(address, parity).phase == parity) {
-      sleep_at_counter(counter, value, &waiting_for_either);
-    }
+    sleep_at_counter(counter, value, &waiting_for_either);  // nothing has yielded since test_barrier looked
   }
 }
 

@@ -59,9 +59,9 @@ struct KernelParams {
   HeadGroups sparse_groups;
   WorkOrder sparse_order;
   // Behind work_counter, in this order.
-  int32_t* finish_counter;  // how many pieces to finish were given to blocks
-  int32_t* prepared;        // [batch * heads_q]: counts of what is prepared
-  int32_t* finished;        // [batch * heads_k]: counts of column tiles that have added their dQ
+  int32_t* finish_counter;  // how many pieces to finish were given to blocks; above 128 dims first those to zero
+  int32_t* prepared;  // [batch * heads_q]: counts of what is prepared; above 128 dims of row tiles that are zeroed
+  int32_t* finished;  // [batch * heads_k]: counts of column tiles that have added their dQ
   int32_t padded_rows;
   float* query_lse;    // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;  // [batch * heads_q, padded_rows]: sum(dout * out)
@@ -72,7 +72,8 @@ struct KernelParams {
   // Deterministic: column tiles that have added, [batch * heads_q, row_tiles] and then one ticket, or [batch * heads_q,
   // row_tiles, 2] for two parts of dQ.
   int32_t* turns;
-  // Else, up to 128 dims (sm90): how far the sums of each part of a row tile are, [batch * heads_q, row_tiles, 2].
+  // Else (sm90) how far the sums of each part of a row tile are, [batch * heads_q, row_tiles, 2]; above 128 dims the
+  // first is how many warps' rows are finished.
   int32_t* sums;
 };
 

@@ -60,7 +60,7 @@ struct BackwardConfig<192> : WideBackwardShape<3> {};
 template <>
 struct BackwardConfig<256> : WideBackwardShape<2> {};
 
-// Of the persistent kernel: intervals of a column tile's keys, and tickets that its warps are to work on.
+// Places for intervals of a column tile's keys (above 128 dims there is one), and for tickets to work on.
 constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
 // Row tiles that are prepared or finished at a time: 256 KiB to read and as much to write, or half of that.
 constexpr int kRowTilesPerItem = 8;
@@ -117,9 +117,9 @@ struct Step {
 
   int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or one of the above
   int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile; at a column
-                 // tile's end, up to 128 dims, its first key
+                 // tile's end its first key
   int32_t batch_head;  // there of its key head
-  int32_t bounds;      // persistent kernel: which of the column tile's masks, from 0; at its end the last; or row tiles
+  int32_t bounds;      // which of the column tile's masks, from 0; at its end the last; or row tiles
 };
 
 // The barriers of a block. Arrivals count warps of consumers, or one thread of a producer.
@@ -160,7 +160,7 @@ struct BackwardBarriers {
   __device__ __forceinline__ Barrier work_full(int slot) const { return at(kWork + slot); }
   __device__ __forceinline__ Barrier work_empty(int slot) const { return at(kWork + kWorkSlots + slot); }
 
-  // The next item of work is wanted, and is told.
+  // The next item of work is wanted, and is told; above 128 dims only that there is none.
   __device__ __forceinline__ Barrier asked() const { return at(kAsked); }
   __device__ __forceinline__ Barrier answered() const { return at(kAsked + 1); }
 

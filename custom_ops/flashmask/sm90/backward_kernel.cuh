@@ -123,9 +123,9 @@ cudaError_t launch_backward_kernel(const KernelParams& p, int blocks, cudaStream
   return launch_kernel(kernel, blocks, Layout::Config::kThreads, Layout::kBytes, stream, p, maps);
 }
 
-// The persistent kernel, which does all of it.
+// Rows as work of the same kernel.
 template <typename T, int kHeadDim>
-cudaError_t launch_persistent(KernelParams p, cudaStream_t stream) {
+cudaError_t launch_with_row_items(KernelParams p, cudaStream_t stream) {
   const int heads_k = p.op.batch * p.op.heads_k, heads_q = p.op.batch * p.op.heads_q;
   if (p.turns == nullptr) {
     // The fewer heads, the shorter rows stay prepared before they are wanted.
@@ -164,7 +164,7 @@ cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
   const cudaError_t status = cudaMemsetAsync(p.work_counter, 0, p.counters * sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
   if constexpr (!BackwardConfig<kHeadDim>::kWide) {
-    if (p.column_works > 0) return launch_persistent<T, kHeadDim>(p, stream);  // else rows only: dQ is zero
+    if (p.column_works > 0) return launch_with_row_items<T, kHeadDim>(p, stream);  // else rows only: dQ is zero
   }
   return launch_with_row_kernels<T, kHeadDim>(p, stream);
 }

@@ -1,4 +1,5 @@
-// What the backward pass does per query row: before (delta, lse, zeroed dQ) and after (sums of dQ, scaled, to their
+// What the backward pass does per query row: before (delta, lse; zeroed dQ unless that is
+// done meanwhile) and after (sums of dQ, scaled, to their
 // storage type). Above 128 dims, or where there are no keys; else backward_row_items.cuh.
 #pragma once
 

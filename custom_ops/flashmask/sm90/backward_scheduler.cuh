@@ -119,7 +119,6 @@ struct BackwardScheduler {
     ++items;
     return next.kind;
   }
-  __device__ __forceinline__ bool ended() const { return !has_tickets; }
 
  private:
   // The list of the column tile under its first mask will soon be read.

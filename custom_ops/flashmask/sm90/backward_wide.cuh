@@ -49,7 +49,7 @@ struct WideConsumer {
 
   __device__ __forceinline__ explicit WideConsumer(uint32_t base) : base(base), kept_thread(opaque(threadIdx.x)) {}
   __device__ __forceinline__ BackwardBarriers<kHeadDim> barriers() const { return {base}; }
-  // Which takes long, but at 192 dims the order of work that comes of it is faster (log, backward #68).
+  // To read it anew takes long, but at 192 dims the order of work that comes of it is faster (log, backward #68).
   __device__ __forceinline__ auto thread_in_block() const {
     if constexpr (kHeadDim > 192) {
       return kept_thread;
@@ -116,7 +116,7 @@ struct WideConsumer {
 
   // Waits for the first piece of dQ, which was issued, and adds `step`'s, unless there was no such step; meanwhile
   // issues the other pieces and, but at a column tile's end, issue_scores(), which is waited for too. Calls
-  // multiplied() when dS and K are free.
+  // multiplied() when dS is free; K is only when all is done.
   //
   // In the deterministic mode dQ is added when the producer warp says so (backward_turns.cuh), who then hears that it
   // is done. The parity is that of the step's number, so of its buffer of dS.

@@ -1,12 +1,14 @@
-// What two producer warps of a block do above 128 dims, where they need not send dQ nor, but in the deterministic mode,
-// manage turns: they zero dQ, and finish rows of key heads whose column tiles are all done. Both in the order of
-// heads, as they get tickets; column tiles wait for the zeros of their query heads. What is not finished when a block
-// has no column tiles any more is left to the kernel that follows, which has the whole device for it.
+// What the two producer warps of a block that send dQ up to 128 dims do above, unless they manage turns: they zero dQ,
+// and finish rows of key heads whose column tiles are all done. Both in the order of heads, as they get tickets; column
+// tiles wait for the zeros of their query heads. What is not finished when there are no column tiles for a block any
+// more is left to the kernel that follows, which has the whole device for it.
 //
 // Nobody waits for ever: zeros wait for nothing, and all of them come before the first row that is finished.
 #pragma once
 
 #include "backward_rows.cuh"
+#include "backward_scheduler.cuh"
+#include "global_memory.cuh"
 
 namespace flashmask::sm90 {
 
@@ -29,9 +31,12 @@ __device__ __forceinline__ void wait_for_zeros(const KernelParams& p, const Back
   for (int head = block.first_head; head < block.end_head; head += 32) {
     wait_for_count_warp(prepared_of_lane(p, block, head), p.lists.row_tiles);
   }
+  __syncwarp();
 }
 
-// One warp, until there is nothing to do or the block's last column tile was told (`answered`).
+// One warp, until there is nothing to do or the block has heard that no column tile is left (`answered`; some steps
+// before its last one ends). Of row_tiles in all, tickets below row_tiles are for zeros of one each, and then kSlabs
+// tickets for each are to finish it.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void work_on_rows(const KernelParams& p, uint32_t shared_base) {
   constexpr int kSlabs = BackwardConfig<kHeadDim>::kRows / kSlabRows;
@@ -46,7 +51,7 @@ __device__ __forceinline__ void work_on_rows(const KernelParams& p, uint32_t sha
     if (row_tile >= row_tiles) return;
     const int batch_head = row_tile / p.lists.row_tiles;
     const int batch_head_k = batch_head / (p.op.heads_q / p.op.heads_k);
-    // Also of a key head that is done no more rows are begun at the end: they would be waited for.
+    // Of a key head that is known to be done, only whether the end has come: rows begun then would be waited for.
     const int column_tiles = batch_head_k == done ? 0 : p.lists.column_tiles;
     if (!wait_for_count_warp_until(p.finished + batch_head_k, column_tiles, end, 0)) return;
     done = batch_head_k;

@@ -51,7 +51,8 @@ __device__ __forceinline__ ColumnWork column_work(const KernelParams& p, int tic
 
 // How far the sums of dQ of a warpgroup's part of a row tile are (row tiles counted over all heads). Who comes first
 // stores its own there, if no zeros were written before (which count as stored). In the deterministic mode it is the
-// number of column tiles that have added; else one of these.
+// number of column tiles that have added; else, up to 128 dims, one of these. Above, of part 0, how many slabs of 16
+// rows are finished.
 enum SumsState : int32_t { kNoSums = 0, kBeingStored = 1, kStored = 2 };
 __device__ __forceinline__ int32_t* sums_state(const KernelParams& p, int64_t row_tile, int consumer) {
   return (p.turns != nullptr ? p.turns : p.sums) + row_tile * 2 + consumer;
@@ -71,7 +72,7 @@ __device__ __forceinline__ int count_on(int32_t* counter) {
   return __shfl_sync(kAllLanes, before, 0);
 }
 
-// A piece of a persistent block's work: a column tile, or rows to prepare or finish.
+// A piece of a block's work up to 128 dims: a column tile, or rows to prepare or finish.
 struct WorkItem {
   enum Kind { kNothing, kColumnTile, kPrepareRows, kFinishRows };
   static constexpr uint32_t kWaits = 4;
@@ -80,9 +81,9 @@ struct WorkItem {
   bool waits;        // what it needs, prepared rows or sums, is not known to be there
 };
 
-// A persistent block takes tickets for column tiles and for rows to prepare, and works on them in ascending order. It
-// always has one row item to finish, too (a claim, in the order of heads), and does that between two tickets as soon as
-// all column tiles of the key head are done, and at the latest when there are no tickets any more; then it gets the
+// Up to 128 dims a block takes tickets for column tiles and for rows to prepare, and works on them in ascending order.
+// It always has one row item to finish, too (a claim, in the order of heads), and does that between two tickets as soon
+// as all column tiles of the key head are done, and at the latest when there are no tickets any more; then it gets the
 // next one. Not after each other, while there are tickets: all blocks would move memory at the same time.
 //
 // Nobody waits for ever, whatever order blocks start in and however few run at once. Preparing rows waits for nothing,

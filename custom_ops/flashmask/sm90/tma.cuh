@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_box(uint32_t destination, const CUtensorMap
 
 // To the L2 cache only.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int dim, int row, int head, int batch,
-                                             CachePolicy policy = kKeepNormal) {
+                                             CachePolicy policy) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;\n" ::"l"(
                    reinterpret_cast<uint64_t>(&map)),
                "r"(dim), "r"(row), "r"(head), "r"(batch), "l"(static_cast<uint64_t>(policy))

@@ -22,7 +22,7 @@ inline void wait_for_count_warp(const int32_t* counter, int32_t value) {
 inline bool wait_for_count_warp_until(const int32_t* counter, int32_t value, Barrier end, uint32_t parity) {
   const bool reached = emulator::wait_for_count_until(counter, value, end.address, parity);
   // Lanes may have seen different things; one that saw the end decides, as on the device.
-  return emulator::uniform(!reached) == 0;
+  return !__any_sync(0xFFFFFFFFu, !reached);
 }
 inline void store_state(int32_t* place, int32_t value) {
   emulator::maybe_yield();

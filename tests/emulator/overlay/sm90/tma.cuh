@@ -40,7 +40,7 @@ template <int kPending>
 void wait_stores() {
   emulator::wait_stores(kPending, true);
 }
-inline void prefetch_box(const CUtensorMap&, int, int, int, int, CachePolicy = kKeepNormal) {}
+inline void prefetch_box(const CUtensorMap&, int, int, int, int, CachePolicy) {}
 inline void prefetch_map(const CUtensorMap&) {}
 
 }  // namespace flashmask::sm90
