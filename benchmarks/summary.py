@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON of benchmarks/kernels.py; each is looked at alone")
     for path in parser.parse_args().results:
         result = json.loads(path.read_text())
-        if "rows" in result:
+        if any("rival" in row for row in result.get("rows", ())):
             show(result)
         else:
             print(f"{path}: no times in it, passed over")

@@ -89,3 +89,13 @@ def test_plots_and_tables(tmp_path):
     assert "1.00 / 0.62 / 0.71" in made.stdout
     assert "1.72 (1.48)" in made.stdout, "FlexAttention's total"
     assert "not measured" in made.stdout
+
+
+def test_every_result_of_the_h200_is_read_or_passed_over():
+    """The command of docs/hopper-kernel.md: files of other benchmarks lie beside those with times."""
+    results = sorted(str(path) for path in (ROOT / "benchmarks" / "results").glob("h200-*.json"))
+    command = [sys.executable, "benchmarks/summary.py", *results]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("NVIDIA H200") >= 8
+    assert "no times in it" in done.stdout
