@@ -65,7 +65,8 @@ struct KernelParams {
   int32_t padded_rows;
   float* query_lse;    // [batch * heads_q, padded_rows]: lse * log2(e); +inf where a row sees nothing
   float* query_delta;  // [batch * heads_q, padded_rows]: sum(dout * out)
-  // [batch * heads_k]: a row tile that some column tile is at, where column tiles are to stay together (sm90); or null.
+  // [batch * heads_k]: the row tile that the block is at that others follow, where column tiles are to stay together
+  // (sm90); or null.
   int32_t* row_front;
   // Sums of dQ, without the scale but where sm90 is deterministic up to 128 dims.
   float* dq_accumulator;  // [batch * heads_q, padded_rows, compiled dim], inside a tile in the order of its kernels

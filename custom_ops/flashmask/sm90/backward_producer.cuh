@@ -23,6 +23,7 @@ template <typename Config>
 struct RowRings {
   Ring<Config::kQStages> q;
   Ring<Config::kDoStages> dout;
+  int led = -1;  // key head that this block leads (row_front)
 };
 
 // A step without rows, for a whole warp.
@@ -50,6 +51,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
   const bool leader = threadIdx.x % 32 == 0;
   Ring<Config::kQStages>& q_ring = rings->q;
   Ring<Config::kDoStages>& do_ring = rings->dout;
+  if (block.column_tile == 0) rings->led = block.key_head(p.op);
   for_each_tile<Config>(p, block, [&](int head, int tile, bool partial, const auto& left) {
     const uint32_t base = opaque(shared_base);
     const BackwardBarriers<kHeadDim> barriers{base};
@@ -68,7 +70,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
     trace(Event::kPlaceFree);
     if (leader) {
-      if (p.row_front != nullptr) *row_front(p, block.batch, block.head_k) = tile;
+      if (p.row_front != nullptr && rings->led == block.key_head(p.op)) *row_front(p, rings->led) = tile;
       const int mask = block.mask_index(p.op, head);
       write_step(base + Layout::kSteps + q_ring.stage * 16,
                  Step{2 * tile + partial, mask, static_cast<int>(block.batch_head(p.op, head)),

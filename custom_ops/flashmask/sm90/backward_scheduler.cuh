@@ -104,7 +104,7 @@ struct BackwardScheduler {
     const bool had_tickets = has_tickets;
     WorkItem next = decide();
     if (next.kind == WorkItem::kColumnTile) {
-      next.place.first_row_tile = first_row_tile(p, next.place);
+      next.place.first_row_tile = first_row_tile(p, next.place, items > 0 ? BackwardConfig<kHeadDim>::kStepsAhead : 0);
       tell_work<kHeadDim>(next.place, shared_base, columns++);
       const BackwardBlock block(p, next.place);
       next.waits = !rows_are_there(p, block);

@@ -19,7 +19,7 @@ __device__ __forceinline__ void bring_wide_keys(const KernelParams& p, const Bac
     const BackwardBarriers<kHeadDim> barriers{opaque(shared_base)};
     if (number > 0) barriers.asked().wait_warp((number - 1) % 2);
     ColumnWork work = column_work(p, count_on(p.work_counter), sparse);
-    work.first_row_tile = first_row_tile(p, work);
+    work.first_row_tile = first_row_tile(p, work, number > 0 ? BackwardConfig<kHeadDim>::kStepsAhead : 0);
     tell_work<kHeadDim>(work, shared_base, number);
     const BackwardBlock block(p, work);
     const bool ends = work.batch < 0;

@@ -129,21 +129,25 @@ struct BackwardBlock {
   __device__ __forceinline__ int masks(const FlashmaskParams& op) const {
     return mask_index(op, end_head - 1) - first_mask(op) + 1;
   }
+  __device__ __forceinline__ int key_head(const FlashmaskParams& op) const { return batch * op.heads_k + head_k; }
   __device__ __forceinline__ int64_t batch_head(const FlashmaskParams& op, int head) const {
     return static_cast<int64_t>(batch) * op.heads_q + head;
   }
 };
 
-// Where column tiles are to stay together (row_front): a row tile that another one is at. With more rows than the L2
-// cache keeps, those that run together so share rows in the cache. If all began with the first, fast multiprocessors
-// would get further ahead of slow ones with every column tile, until each read its own rows from DRAM.
-__device__ __forceinline__ volatile int32_t* row_front(const KernelParams& p, int batch, int head_k) {
-  return p.row_front + static_cast<int64_t>(batch) * p.op.heads_k + head_k;
+// Where column tiles are to stay together (row_front): the row tile that the block is at that leads the key head. With
+// more rows than the L2 cache keeps, those that run together so share rows in the cache. If all began with the first,
+// fast multiprocessors would get further ahead of slow ones with every column tile, until each read its own rows from
+// DRAM. Who takes the first column tile of the key head leads it, and goes around without a break, since it begins
+// where it is. If whoever comes by told where he is, each would follow a random one, and these drift apart as well.
+__device__ __forceinline__ volatile int32_t* row_front(const KernelParams& p, int key_head) {
+  return p.row_front + key_head;
 }
-// For a whole warp.
-__device__ __forceinline__ int first_row_tile(const KernelParams& p, const ColumnWork& work) {
+// For a whole warp: with which row tile a column tile begins that a block will come to in so many `steps`.
+__device__ __forceinline__ int first_row_tile(const KernelParams& p, const ColumnWork& work, int steps) {
   if (p.row_front == nullptr || work.batch < 0) return 0;
-  return __shfl_sync(kAllLanes, *row_front(p, work.batch, work.head_k), 0);
+  const int tile = __shfl_sync(kAllLanes, *row_front(p, work.batch * p.op.heads_k + work.head_k), 0);
+  return (tile + steps) % p.lists.row_tiles;
 }
 
 constexpr int kManyLeft = 1 << 30;
