@@ -7,18 +7,20 @@ namespace flashmask::sm90 {
 
 constexpr int kRowsPerWarpgroup = 64;
 
-// How the output leaves: through shared memory of its own, through the place of Q where there is no room for that (the
-// next Q then waits for it), or straight from registers to memory.
-enum class OutputBy { kOwnPlace, kPlaceOfQuery, kRegisters };
+// How the output leaves: through shared memory of its own, or straight from registers to memory.
+enum class OutputBy { kOwnPlace, kRegisters };
 
-// kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V, kQStages for Q, kMaskStages for
-// element masks: none where nothing masks. A column tile's scores come in kParts parts: more warpgroups, but not the
-// registers for all of them at once.
-template <int kConsumers_, int kColumns_, int kStages_, int kQStages_, int kMaskStages_, int kParts_ = 1,
+// kConsumers warpgroups own 64 rows each; kStages buffers for K and as many for V, kQPlaces for 64 rows of Q,
+// kMaskStages for element masks: none where nothing masks. A column tile's scores come in kParts parts: more
+// warpgroups, but not the registers for all of them at once.
+template <int kConsumers_, int kColumns_, int kStages_, int kQPlaces_, int kMaskStages_, int kParts_ = 1,
           OutputBy kOutputBy_ = OutputBy::kOwnPlace>
 struct ForwardShape {
   static constexpr int kConsumers = kConsumers_, kColumns = kColumns_;
-  static constexpr int kStages = kStages_, kQStages = kQStages_, kMaskStages = kMaskStages_;
+  static constexpr int kStages = kStages_, kQPlaces = kQPlaces_, kMaskStages = kMaskStages_;
+  // So many warpgroups have a place for the rows of the next row tile while all are at work on those of this one.
+  static constexpr int kEarlyQ = kQPlaces - kConsumers;
+  static_assert(kEarlyQ >= 0 && kEarlyQ <= kConsumers);
   static constexpr int kRows = kRowsPerWarpgroup * kConsumers;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kParts = kParts_, kPartColumns = kColumns / kParts;
@@ -40,7 +42,6 @@ struct ForwardShape {
   // the assembler can round weights as they come.
   static constexpr bool kRoundsEarly = kConsumers > 2;
   static constexpr OutputBy kOutputBy = kOutputBy_;
-  static constexpr bool kOutputInQuery = kOutputBy == OutputBy::kPlaceOfQuery;
   // A block starts with 168 registers a thread (with three consumers 128, with four 96); what the producers give up, no
   // more, goes to the consumers: more would wait for ever.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -58,15 +59,15 @@ struct ForwardShape {
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
-struct ForwardConfig<64> : ForwardShape<4, 128, 3, 2, 4, 2> {};
+struct ForwardConfig<64> : ForwardShape<4, 128, 3, 8, 4, 2> {};
 template <>
-struct ForwardConfig<96> : ForwardShape<3, 128, 2, 2, 3, 2> {};
+struct ForwardConfig<96> : ForwardShape<3, 128, 2, 6, 3, 2> {};
 template <>
-struct ForwardConfig<128> : ForwardShape<2, 128, 2, 2, 1> {};
+struct ForwardConfig<128> : ForwardShape<2, 128, 2, 4, 1> {};
 template <>
-struct ForwardConfig<192> : ForwardShape<2, 64, 2, 1, 2> {};
+struct ForwardConfig<192> : ForwardShape<2, 64, 2, 3, 2> {};
 template <>
-struct ForwardConfig<256> : ForwardShape<2, 64, 2, 1, 2, 1, OutputBy::kPlaceOfQuery> {};
+struct ForwardConfig<256> : ForwardShape<2, 64, 2, 3, 2, 1, OutputBy::kRegisters> {};
 
 // Where nothing masks, tiles may be wider than the lists' and the block mask's: what a tile costs whatever its width
 // then comes less often. Without a choice of its own, a head dim takes the one above.
@@ -75,9 +76,9 @@ struct UnmaskedConfig {
   static constexpr int kConsumers = 0;
 };
 template <>
-struct UnmaskedConfig<64> : ForwardShape<3, 128, 3, 2, 0> {};
+struct UnmaskedConfig<64> : ForwardShape<3, 128, 3, 6, 0> {};
 template <>
-struct UnmaskedConfig<128> : ForwardShape<2, 176, 2, 1, 0, 1, OutputBy::kRegisters> {};
+struct UnmaskedConfig<128> : ForwardShape<2, 176, 2, 2, 0, 1, OutputBy::kRegisters> {};
 template <int kHeadDim>
 constexpr bool kHasUnmasked = UnmaskedConfig<kHeadDim>::kConsumers > 0;
 
@@ -85,27 +86,26 @@ template <int kHeadDim_, typename Config_>
 struct ForwardLayout {
   static constexpr int kHeadDim = kHeadDim_;
   using Config = Config_;
-  using QTile = Panels<Config::kRows, kHeadDim>;
+  using QTile = Panels<kRowsPerWarpgroup, kHeadDim>;  // of a warpgroup; its output, too
   using KTile = Panels<Config::kColumns, kHeadDim>;
-  // Element masks of one tile, as words of two columns x 16 rows: [rows / 16][lane % 4][columns / 8]. The padding puts
-  // the four lanes of a quad into different banks.
-  static constexpr int kMaskStride = Config::kColumns / 8 + 4;
+  // Element masks of one tile, as words of two columns x 16 rows: [rows / 16][lane % 4][columns / 8]. The padding of 128
+  // columns puts the four lanes of a quad into different banks.
+  static constexpr int kMaskStride = Config::kColumns / 8 + (Config::kColumns > 64 ? 4 : 0);
   static constexpr int kMaskBytes = Config::kRows / 16 * 4 * kMaskStride * 4;
 
   static constexpr int kQ = 0;
-  static constexpr int kK = kQ + Config::kQStages * QTile::kBytes;
+  static constexpr int kK = kQ + Config::kQPlaces * QTile::kBytes;
   static constexpr int kV = kK + Config::kStages * KTile::kBytes;
-  static constexpr int kAfterV = kV + Config::kStages * KTile::kBytes;
-  static constexpr int kOut = Config::kOutputInQuery ? kQ : kAfterV;
-  static constexpr int kMask = kAfterV + (Config::kOutputBy == OutputBy::kOwnPlace ? QTile::kBytes : 0);
+  static constexpr int kOut = kV + Config::kStages * KTile::kBytes;
+  static constexpr int kOutBytes = Config::kOutputBy == OutputBy::kOwnPlace ? Config::kConsumers * QTile::kBytes : 0;
+  static constexpr int kMask = kOut + kOutBytes;
   static constexpr int kWork = kMask + Config::kMaskStages * kMaskBytes;
   static constexpr int kOrders = kWork + Config::kWorkStages * 16;
   static constexpr int kTileWords = kOrders + Config::kOrderStages * 16;
-  // Barriers: 8 bytes each. Every warpgroup has its own for its rows of Q.
-  static constexpr int kQBarriers = Config::kQStages * Config::kConsumers;
+  // Barriers: 8 bytes each.
   static constexpr int kQFull = kTileWords + Config::kStages * 16;
-  static constexpr int kQEmpty = kQFull + kQBarriers * 8;
-  static constexpr int kKFull = kQEmpty + kQBarriers * 8;
+  static constexpr int kQEmpty = kQFull + Config::kQPlaces * 8;
+  static constexpr int kKFull = kQEmpty + Config::kQPlaces * 8;
   static constexpr int kKEmpty = kKFull + Config::kStages * 8;
   static constexpr int kVFull = kKEmpty + Config::kStages * 8;
   static constexpr int kVEmpty = kVFull + Config::kStages * 8;
@@ -116,7 +116,6 @@ struct ForwardLayout {
   static constexpr int kOrderFull = kWorkEmpty + Config::kWorkStages * 8;
   static constexpr int kOrderEmpty = kOrderFull + Config::kOrderStages * 8;
   static constexpr int kBytes = kOrderEmpty + Config::kOrderStages * 8;
-  static_assert(!Config::kOutputInQuery || Config::kQStages == 1);
   static_assert(kBytes <= 227 * 1024, "what a block may have");
 };
 

@@ -55,7 +55,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   constexpr int kHeadDim = Layout::kHeadDim;
   constexpr int kParts = Config::kParts, kLastPart = kParts - 1;
   constexpr int kScoreGroups = Config::kPartColumns / 8, kSteps = Config::kPartColumns / 16;
-  static_assert(kParts == 1 || (Config::kMasksByNeed && !Config::kTakesTurns && !Config::kOutputInQuery));
+  static_assert(kParts == 1 || (Config::kMasksByNeed && !Config::kTakesTurns));
   using WholeTile = TilePart<true, true>;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
   const Turn<Config::kConsumers, Config::kTakesTurns> turn{warpgroup};
@@ -63,7 +63,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
 
   Ring<Config::kStages> k_ring, v_ring;
   Ring<Config::kWorkStages> row_tile_ring;
-  Ring<Config::kQStages> q_ring;
+  Ring<Config::kQPlaces> q_ring{warpgroup};  // the loader fills it by warpgroups
   const auto release = [&](int barrier) { Barrier{shared + barrier}.arrive_warp(); };
 
   float output[kHeadDim / 8][4];
@@ -96,10 +96,9 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   };
   // Whether these 64 rows see anything of it.
   const auto is_seen = [&] { return !Config::kMasks || (flags & (kSeesFirstPart | kSeesLastPart)) != 0; };
-  const auto q_barrier = [&](int barrier) { return barrier + (q_ring.stage * Config::kConsumers + warpgroup) * 8; };
   const auto release_q = [&] {
-    release(q_barrier(Layout::kQEmpty));
-    q_ring.advance();
+    release(Layout::kQEmpty + q_ring.stage * 8);
+    q_ring.advance_by(Config::kConsumers);
   };
   const auto enter_tile = [&] {
     if (Config::kMasks) {
@@ -115,7 +114,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     ended = weighed & kTileLast;
   };
   const auto release_k = [&] { release(Layout::kKEmpty + used_k * 8); };
-  const auto wait_q = [&] { Barrier{shared + q_barrier(Layout::kQFull)}.wait_warp(q_ring.parity); };
+  const auto wait_q = [&] { Barrier{shared + Layout::kQFull + q_ring.stage * 8}.wait_warp(q_ring.parity); };
   // The V that the weights at hand are for. While these wait for the next scores, so many tiles that are not seen can
   // be skipped, no more: V of a further one would need the place of the V that is held, and be waited for for ever.
   constexpr int kSkips = kParts == 1 ? 0 : Config::kStages - 1;
@@ -156,7 +155,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const uint32_t high_q = hidden<0>(QTile::kHighWord), high_k = hidden<1>(KTile::kHighWord);
   // Low words for the first places; no place is so far away that an addition would reach their other bits.
   const auto low_word = [](uint64_t descriptor) { return static_cast<uint32_t>(descriptor); };
-  const uint32_t low_q = low_word(QTile::along_columns(shared + Layout::kQ, warpgroup * 64, 0));
+  const uint32_t low_q = low_word(QTile::along_columns(shared + Layout::kQ, 0, 0));
   const uint32_t low_k = low_word(KTile::along_columns(shared + Layout::kK, 0, 0));
   const uint32_t low_v = low_word(KTile::along_rows(shared + Layout::kV, 0, 0));
   // How a descriptor is moved: by an addition of 64 bits, or to its low word only, one uniform instruction either way.
@@ -212,7 +211,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   const auto look_ahead = [&] {
     next = read_row_tile<Layout>(shared, &row_tile_ring);
     has_next = true;
-    follows = !Config::kOutputInQuery && next.has_tiles;
+    follows = next.has_tiles;
     if (follows) {
       wait_q();
       wait_k();
@@ -249,7 +248,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     if (kLeaves) release_k();
     // All that most tiles do not need, behind one jump: each costs as much as twenty instructions.
     if (kFirst || special != 0) {
-      if (kLeaves && ended != 0 && !Config::kOutputInQuery) release_q();
+      if (kLeaves && ended != 0) release_q();
       if (p.negative_scale) {
         // References are largest scores, so it is their sign that changes.
 #pragma unroll
@@ -385,7 +384,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     leave_k();
     if (!Config::kMasksByNeed) take_mask(WholeTile{0});
     release_k();
-    if (ended != 0 && !Config::kOutputInQuery) release_q();
+    if (ended != 0) release_q();
     ++owed;
     if (!owes) settle_v();
     special_bits = kEveryTile;  // what is owed is settled with the next scores
@@ -402,7 +401,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     if (!begun) ended = work.has_tiles == 0;
     begun = false;
     has_next = false;
-    if (ended == 0 || Config::kOutputInQuery) wait_q();
+    if (ended == 0) wait_q();
     while (ended == 0) {
       // Nothing is in flight here.
       wait_k();
@@ -430,7 +429,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
 
       // The first scores of the next row tile are issued with the last output of this one, so that there is no gap
       // between them. The chain breaks at a tile that these rows do not see (in parts: at the end of a row tile only
-      // behind kSkips of them), and at the end of a row tile whose output goes through the place of Q.
+      // behind kSkips of them).
       if constexpr (kParts == 1) {
         while (true) {
           bool large = false;
@@ -488,7 +487,6 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     if (has_output == 0) clear(output);
     write_output<T, Layout>(p, maps.out, shared, work, output, softmax, warpgroup, thread);
     trace(Event::kOutputWritten);
-    if (Config::kOutputInQuery) release_q();
     if (!has_next) look_ahead();
   }
 }

@@ -1,5 +1,5 @@
-// The end of a row tile: the output by its row sums, through shared memory and the copy engine or, where no room is
-// left for that, straight to memory; lse straight to memory.
+// The end of a row tile: the output by its row sums, through shared memory and the copy engine or, where that has better
+// uses, straight to memory; lse straight to memory.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -23,8 +23,9 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const CUtens
   using Config = typename Layout::Config;
   using Tile = typename Layout::QTile;
   const int lane = thread % 32;
-  const int row = warpgroup * 64 + thread / 32 * 16;  // of this warp, in the tile
-  const int row_begin = work.row_tile * Config::kRows;
+  const int row = thread / 32 * 16;  // of this warp
+  const int row_begin = work.row_tile * Config::kRows + warpgroup * kRowsPerWarpgroup;
+  const uint32_t place = shared + Layout::kOut + warpgroup * Tile::kBytes;
   const int64_t first_lse = (static_cast<int64_t>(work.batch) * p.op.heads_q + work.head) * p.op.seqlen_q;
 
   float inverse[2];
@@ -56,18 +57,16 @@ __device__ __forceinline__ void write_output(const KernelParams& p, const CUtens
   for (int n = 0; n < Layout::kHeadDim / 8; n += 2) {
     uint32_t fragment[4];
     pack_operand<T>(fragment, output[n], output[n + 1]);
-    store_matrix(shared + Layout::kOut + Tile::chunk_offset(row + lane % 16, n + lane / 16), fragment);
+    store_matrix(place + Tile::chunk_offset(row + lane % 16, n + lane / 16), fragment);
   }
   fence_async_proxy();
   named_barrier_sync(kEpilogueBarrier + warpgroup, kWarpgroup);
   if (thread == 0) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      store_box(map, shared + Layout::kOut + panel * Tile::kPanelBytes + warpgroup * 64 * Tile::kRowBytes,
-                panel * Tile::kPanel, row_begin + warpgroup * 64, work.head, work.batch);
+      store_box(map, place + panel * Tile::kPanelBytes, panel * Tile::kPanel, row_begin, work.head, work.batch);
     }
     commit_stores();
-    if (Config::kOutputInQuery) wait_stores_read<0>();
   }
 }
 

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Layout::Config::kThreads, 1)
       for (int i = 0; i < count; ++i) Barrier{shared + full + i * 8}.init(1);
       for (int i = 0; i < count; ++i) Barrier{shared + empty + i * 8}.init_warps(empty_warps);
     };
-    init(Layout::kQFull, Layout::kQEmpty, Layout::kQBarriers, 4);
+    init(Layout::kQFull, Layout::kQEmpty, Config::kQPlaces, 4);
     init(Layout::kKFull, Layout::kKEmpty, Config::kStages, kConsumerWarps);
     init(Layout::kVFull, Layout::kVEmpty, Config::kStages, kConsumerWarps);
     for (int i = 0; i < Config::kMaskStages; ++i) {

@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
   Ring<Config::kOrderStages> order_ring;
   Ring<Config::kStages> k_ring, v_ring;
   Ring<Config::kWorkStages> work_ring;
-  Ring<Config::kQStages> q_ring;
+  Ring<Config::kQPlaces> q_ring;
   Ring<Config::kMaskStages> mask_ring;
 
   const auto publish = [&](int row_tile, int batch, int head, bool has_tiles) {
@@ -84,28 +84,22 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
   };
 
   int batch = 0, head = 0, head_k = 0;
-  // Rows of Q come and go by warpgroups: where there is one place, the first gets its next rows while the second still
-  // reads.
-  const auto for_each_warpgroup_of_q = [&](const auto& fill) {
+  // Rows of Q come and go by warpgroups, `begin` to `end` of a row tile.
+  const auto load_q = [&](int row_tile, int begin, int end) {
 #pragma unroll
-    for (int w = 0; w < Config::kConsumers; ++w) {
-      const int barrier = (q_ring.stage * Config::kConsumers + w) * 8;
-      Barrier{shared + Layout::kQEmpty + barrier}.wait_warp(q_ring.parity ^ 1);
-      if (lane == 0) fill(w, Barrier{shared + Layout::kQFull + barrier});
-    }
-    q_ring.advance();
-  };
-  const auto load_q = [&](int row_tile) {
-    for_each_warpgroup_of_q([&](int w, Barrier full) {
-      full.arrive_expecting(QTile::kBytes / Config::kConsumers);
+    for (int w = begin; w < end; ++w) {
+      Barrier{shared + Layout::kQEmpty + q_ring.stage * 8}.wait_warp(q_ring.parity ^ 1);
+      if (lane == 0) {
+        const Barrier full{shared + Layout::kQFull + q_ring.stage * 8};
+        full.arrive_expecting(QTile::kBytes);
 #pragma unroll
-      for (int panel = 0; panel < QTile::kPanels; ++panel) {
-        load_box(shared + Layout::kQ + q_ring.stage * QTile::kBytes + panel * QTile::kPanelBytes +
-                     w * kRowsPerWarpgroup * QTile::kRowBytes,
-                 maps.q, full.address, panel * QTile::kPanel, row_tile * Config::kRows + w * kRowsPerWarpgroup, head,
-                 batch);
+        for (int panel = 0; panel < QTile::kPanels; ++panel) {
+          load_box(shared + Layout::kQ + q_ring.stage * QTile::kBytes + panel * QTile::kPanelBytes, maps.q,
+                   full.address, panel * QTile::kPanel, row_tile * Config::kRows + w * kRowsPerWarpgroup, head, batch);
+        }
       }
-    });
+      q_ring.advance();
+    }
   };
   while (true) {
     const TileOrder order = read_order<Layout>(shared, &order_ring);
@@ -120,12 +114,8 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
       head_k = head / (p.op.heads_q / p.op.heads_k);
       if (order.flags & kNothing) load_late_v();
       publish(order.row_tile, batch, head, !(order.flags & kNothing));
-      if (order.flags & kNothing) {
-        // Its output takes the place of Q all the same.
-        if (Config::kOutputInQuery) for_each_warpgroup_of_q([](int, Barrier full) { full.arrive(); });
-        continue;
-      }
-      if (Config::kQStages > 1) load_q(order.row_tile);
+      if (order.flags & kNothing) continue;
+      load_q(order.row_tile, 0, Config::kEarlyQ);
     }
     Barrier{shared + Layout::kKEmpty + k_ring.stage * 8}.wait_warp(k_ring.parity ^ 1);
     if (lane == 0) {
@@ -140,9 +130,9 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
     k_ring.advance();
     if (order.flags & kAnyPartial) mask_ring.advance();
     load_late_v();
-    // One place for Q is free only when the row tile before has its last scores, or is at its end; what that still
-    // needs comes first.
-    if (Config::kQStages == 1 && (order.flags & kFirst)) load_q(order.row_tile);
+    // The other places for Q are free only when warpgroups have their last scores of the row tile before; what these
+    // still need comes first.
+    if (order.flags & kFirst) load_q(order.row_tile, Config::kEarlyQ, Config::kConsumers);
     late_tile = order.column_tile;
     late_head_k = head_k;
     late_batch = batch;

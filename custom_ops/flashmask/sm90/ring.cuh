@@ -18,6 +18,14 @@ struct Ring {
       parity ^= 1;
     }
   }
+  // At most a round.
+  __device__ __forceinline__ void advance_by(int stages) {
+    stage += stages;
+    if (stage >= kStages) {
+      stage -= kStages;
+      parity ^= 1;
+    }
+  }
 };
 
 }  // namespace flashmask::sm90
