@@ -30,7 +30,7 @@ struct WideBackwardShape {
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQStages = kQStages_, kDoStages = 2, kDsBuffers = 2;
   static constexpr int kStepsAhead = 3;  // of 3 us
-  static constexpr bool kSplitsDims = true;
+  static constexpr bool kSplitsDims = true, kPassesUnseen = false;
 };
 
 // Registers decide: dK and dV of a warpgroup's 64 keys take head_dim of a thread's 240, S^T and dP^T kRows, and the
@@ -49,10 +49,14 @@ struct BackwardConfig<64> : BackwardShape<128, 3, 3, 64> {
   static constexpr int kDvPiece = 8;
   // Whether the word that dQ is stored is given once S^T is issued, or only once dP^T is.
   static constexpr bool kHandsOverEarly = false;
+  // Whether a warpgroup passes over steps of which its own keys see nothing, and takes masks only where they need them.
+  // (Of 128 rows they mostly see some.)
+  static constexpr bool kPassesUnseen = false;
 };
 template <>
 struct BackwardConfig<128> : BackwardShape<64, 3, 1, 128> {
   static constexpr bool kSplitsDims = true, kRoundedP = false, kTurnIncludesDs = true, kHandsOverEarly = true;
+  static constexpr bool kPassesUnseen = true;
   static constexpr int kDvPiece = 2;
 };
 template <>
@@ -98,7 +102,8 @@ struct BackwardLayout {
       Config::kWide ? kP + Config::kDsBuffers * kPBytes : kDq + Config::kConsumers * kDqPartFloats * 4;
   static constexpr int kDelta = kLse + Config::kQStages * Config::kRows * 4;
   static constexpr int kBounds = kDelta + Config::kDoStages * Config::kRows * 4;  // int4 a key: its two intervals
-  static constexpr int kBoundsBytes = Config::kColumns * 16;
+  static constexpr int kSpans = Config::kColumns * 16;  // behind all intervals: what each warpgroup's have in common
+  static constexpr int kBoundsBytes = kSpans + (Config::kPassesUnseen ? Config::kConsumers * 32 : 0);
   static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
   static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
   static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // the one at work, and the next
@@ -114,12 +119,21 @@ struct BackwardLayout {
 // tile.
 struct Step {
   static constexpr int kEndOfTile = -1, kEndOfWork = -2, kPrepareRows = -3, kFinishRows = -4;
+  // Flags of a row tile, for the keys of the first consumer warpgroup; those for the second's are one bit further.
+  // Above 128 dims the first are for all keys, and only the first flag is used.
+  static constexpr int kPartial = 1, kUnseen = 4, kRowTileShift = 4;
 
-  int32_t tile;  // 2 * row tile + (partial ? 1 : 0), or one of the above
+  int32_t tile;  // its row tile << kRowTileShift, and flags; or one of the above
   int32_t mask;  // index of its mask: batch * heads_mask + mask head; of a row item the first row tile; at a column
                  // tile's end its first key
   int32_t batch_head;  // there of its key head
   int32_t bounds;      // which of the column tile's masks, from 0; at its end the last; or row tiles
+
+  __device__ __forceinline__ int row_tile() const { return tile >> kRowTileShift; }
+  // Whether element masks are needed.
+  __device__ __forceinline__ bool partial(int consumer) const { return (tile >> consumer & kPartial) != 0; }
+  // Whether all is masked.
+  __device__ __forceinline__ bool unseen(int consumer) const { return (tile >> consumer & kUnseen) != 0; }
 };
 
 // The barriers of a block. Arrivals count warps of consumers, or one thread of a producer.

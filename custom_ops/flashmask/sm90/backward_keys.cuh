@@ -81,6 +81,13 @@ __device__ __forceinline__ void bring_bounds(const KernelParams& p, uint32_t sha
         store_shared_128(place + (key + i * 32) * 16, make_uint4(both[i].x, both[i].y, both[i].z, both[i].w));
       }
     }
+    if constexpr (Layout::Config::kPassesUnseen) {
+      __syncwarp();
+#pragma unroll 1
+      for (int consumer = 0; consumer < Layout::Config::kConsumers; ++consumer) {
+        store_spans(place + Layout::kSpans + consumer * kSpansBytes, place + consumer * 64 * 16, p.no_skip);
+      }
+    }
     barriers.bounds_full(ring->stage).arrive_warp();
     ring->advance();
   }

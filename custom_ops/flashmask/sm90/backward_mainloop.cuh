@@ -196,15 +196,77 @@ struct BackwardConsumer {
       return read_step(base + Layout::kSteps + q.stage * 16);
     };
     Step step = next_step();
-    // Nothing is in flight from one round to the next, and nothing that a product wrote is used in the next but dK and
-    // dV: the compiler would serialise the products, or wait for all of them.
-    while (true) {
-      trace(Event::kStep);
-      if (step.tile < 0) {
-        move_to_bounds(first_bounds + step.bounds);
-        break;
+    bool unseen = false;
+    if (Config::kPassesUnseen && step.tile >= 0) unseen = step.unseen(consumer);
+    // The end of a step: the other half of its work, dQ of the step before, in the first round a product that is
+    // dropped; then the next step. Calls taken() when no product is in flight any more.
+    const auto finish_step = [&](const auto& taken) {
+      // In the first round this multiplies whatever the shared memory holds: a branch around a product would make the
+      // compiler wait for those in flight.
+      float dq[Layout::kDqGroups][4];
+      if (count == 1) wait_for_other_keys();
+      barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
+      // Everything that the next S^T needs is at hand when these products are done.
+      const int q_stage = q.stage, ds_stage = previous_ds.stage;
+      q.advance();
+      if (Config::kPassesUnseen) step = next_step();  // shared memory is slow to answer while the product reads it
+      dq_product(dq, previous_ds.stage, key_rows);
+      if (!Config::kPassesUnseen) step = next_step();
+      previous_ds = ds;
+      dout.advance();
+      ds.advance();
+      if (!kDeterministic && count > 1) wait_for_dq_place();
+      wgmma_wait<0>();
+      taken();
+      fence_registers(dq);
+      if constexpr (kDeterministic) {
+        scale_dq(dq, dq_kept);
+      } else if (count > 1) {
+        store_dq(dq, dq_place);
       }
-      const bool partial = step.tile & 1;
+      barriers.q_empty(q_stage).arrive_warp();
+      if (count > 1) barriers.ds_empty(ds_stage).arrive_warp();
+      // Both in this branch, or the compiler takes it that a warp's lanes may part, here and everywhere.
+      if (Config::kPassesUnseen && step.tile >= 0) {
+        move_to_bounds(first_bounds + step.bounds);
+        unseen = step.unseen(consumer);
+      }
+    };
+    // A step of which these keys see nothing: only dQ of the step before, and a dS^T of zeros for the other warpgroup.
+    const auto pass_step = [&] {
+      const bool has_dq = count >= 2;
+      ++count;
+      if (!has_dq) {
+        barriers.v_full(consumer).wait(tile_parity);
+      } else {
+        if constexpr (kDeterministic) {
+          wait_for_dq_place();
+          store_dq(dq_kept, dq_place);
+        }
+        hand_over_dq();
+      }
+      barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
+      if (count == 1) wait_gradients_read();
+      const uint32_t zeros =
+          base + Layout::kDs + ds.stage * DsTile::kBytes + first_key() * DsTile::kRowBytes + lane() * 16;
+#pragma unroll
+      for (int panel = 0; panel < DsTile::kPanels; ++panel) {
+#pragma unroll
+        for (int i = 0; i < 16 * DsTile::kRowBytes / 512; ++i) {
+          store_shared_128(zeros + panel * DsTile::kPanelBytes + i * 512, make_uint4(0, 0, 0, 0));
+        }
+      }
+      fence_async_proxy();
+      barriers.ds_full(ds.stage).arrive_warp();
+      barriers.do_full(dout.stage).wait(dout.parity);  // else it could be freed before it is there
+      barriers.do_empty(dout.stage).arrive_warp();
+      begin_turn();
+      end_turn();
+      finish_step([] {});
+    };
+    const auto full_step = [&] {
+      trace(Event::kStep);
+      const bool partial = step.partial(Config::kPassesUnseen ? consumer : 0);
       const bool has_dq = count >= 2;
       ++count;
 
@@ -212,6 +274,7 @@ struct BackwardConsumer {
       score_product<KeyPlaces>(scores, Layout::kK, key_row(consumer), Layout::kQ, q.stage);
       if (!has_dq) {
         barriers.v_full(consumer).wait(tile_parity);
+        if (Config::kPassesUnseen) move_to_bounds(first_bounds + step.bounds);
       } else if constexpr (kDeterministic) {
         wait_for_dq_place();
         store_dq(dq_kept, dq_place);
@@ -229,14 +292,14 @@ struct BackwardConsumer {
       const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
 #pragma unroll
       for (int k = 0; k < kLseAhead; ++k) load_shared_float4(lse[k], lse_place + k * 64);
-      move_to_bounds(first_bounds + step.bounds);
+      if (!Config::kPassesUnseen) move_to_bounds(first_bounds + step.bounds);
 
       wgmma_wait<1>();
       fence_registers(scores);
       if constexpr (Config::kTurnIncludesDs) begin_turn();
       if (partial) {
         mask_scores(scores, base + Layout::kBounds + (bounds & (kBoundsBuffers - 1)) * Layout::kBoundsBytes,
-                    first_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(), masked_score);
+                    first_key() + lane() / 4, step.row_tile() * Config::kRows, lane(), masked_score);
       }
       if constexpr (!Config::kTurnIncludesDs) begin_turn();
       uint32_t rounded_p[kSteps][4];
@@ -291,32 +354,19 @@ struct BackwardConsumer {
       fence_registers(rounded_p);
       barriers.do_empty(dout.stage).arrive_warp();
 
-      // In the first round this multiplies whatever the shared memory holds, and the product is dropped: a branch
-      // around a product would make the compiler wait for those in flight.
-      float dq[Layout::kDqGroups][4];
-      if (count == 1) wait_for_other_keys();
-      barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
-      dq_product(dq, previous_ds.stage, key_rows);
-      // Everything that the next S^T needs is at hand when these products are done.
-      const int q_stage = q.stage, ds_stage = previous_ds.stage;
-      previous_ds = ds;
-      q.advance();
-      dout.advance();
-      ds.advance();
-      step = next_step();
-      if (!kDeterministic && count > 1) wait_for_dq_place();
-      wgmma_wait<0>();
-      fence_registers(dk);
-      fence_registers(rounded_ds);
-      fence_registers(dq);
-      if constexpr (kDeterministic) {
-        scale_dq(dq, dq_kept);
-      } else if (count > 1) {
-        store_dq(dq, dq_place);
-      }
-      barriers.q_empty(q_stage).arrive_warp();
-      if (count > 1) barriers.ds_empty(ds_stage).arrive_warp();
+      finish_step([&] {
+        fence_registers(dk);
+        fence_registers(rounded_ds);
+      });
+    };
+    // Nothing is in flight from one round to the next, and nothing that a product wrote is used in the next but dK and
+    // dV: the compiler would serialise the products, or wait for all of them.
+    while (true) {
+      while (step.tile >= 0 && !unseen) full_step();
+      if (!Config::kPassesUnseen || step.tile < 0) break;
+      pass_step();
     }
+    move_to_bounds(first_bounds + step.bounds);
     barriers.q_empty(q.stage).arrive_warp();
     q.advance();
 

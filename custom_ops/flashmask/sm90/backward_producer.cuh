@@ -4,6 +4,7 @@
 // the one after it, and would then wait for ever.
 #pragma once
 
+#include "backward_mask.cuh"
 #include "backward_row_items.cuh"
 #include "backward_scheduler.cuh"
 #include "backward_turns.cuh"
@@ -23,7 +24,8 @@ template <typename Config>
 struct RowRings {
   Ring<Config::kQStages> q;
   Ring<Config::kDoStages> dout;
-  int led = -1;  // key head that this block leads (row_front)
+  int led = -1;             // key head that this block leads (row_front)
+  uint32_t all_bounds = 0;  // places for intervals that column tiles before have taken, one a mask
 };
 
 // A step without rows, for a whole warp.
@@ -67,13 +69,24 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
       }
       load_bytes(rows_place, rows + query, kRowBytes, barrier.address);
     };
+    int flags = partial ? Step::kPartial * ((1 << Config::kConsumers) - 1) : 0;
+    if constexpr (Config::kPassesUnseen) {
+      // Under the first mask each warpgroup's keys are looked at. To wait for the intervals of a third could be for
+      // ever: they come when the first are free, which they are when the second's rows have come.
+      if (partial && block.mask_index(p.op, head) == block.first_mask(p.op)) {
+        const uint32_t place = rings->all_bounds % kBoundsBuffers;
+        barriers.bounds_full(place).wait_warp(rings->all_bounds / kBoundsBuffers % 2);
+        flags = flags_of_keys(base + Layout::kBounds + place * Layout::kBoundsBytes + Layout::kSpans, row,
+                              min(row + Config::kRows, p.op.seqlen_q));
+      }
+    }
     barriers.q_empty(q_ring.stage).wait_warp(q_ring.parity ^ 1);
     trace(Event::kPlaceFree);
     if (leader) {
       if (p.row_front != nullptr && rings->led == block.key_head(p.op)) *row_front(p, rings->led) = tile;
       const int mask = block.mask_index(p.op, head);
       write_step(base + Layout::kSteps + q_ring.stage * 16,
-                 Step{2 * tile + partial, mask, static_cast<int>(block.batch_head(p.op, head)),
+                 Step{tile << Step::kRowTileShift | flags, mask, static_cast<int>(block.batch_head(p.op, head)),
                       mask - block.first_mask(p.op)});
       load(base + Layout::kQ + q_ring.stage * QTile::kBytes, maps.q, base + Layout::kLse + q_ring.stage * kRowBytes,
            p.query_lse, barriers.q_full(q_ring.stage));
@@ -88,6 +101,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     do_ring.advance();
     meanwhile(left);
   });
+  rings->all_bounds += block.masks(p.op);
 }
 
 __device__ __forceinline__ int row_tiles_of(const KernelParams& p, int row_item) {

@@ -106,7 +106,7 @@ struct WideConsumer {
   // To global memory, without the scale.
   __device__ __forceinline__ void add_piece(const KernelParams& p, const Step& step, const float (&dq)[kDqPiece][4],
                                             int first_group) const {
-    const int tile = step.tile >> 1;
+    const int tile = step.row_tile();
     float* rows = p.dq_accumulator +
                   (static_cast<int64_t>(step.batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
                   (first_group * kWarpgroup + thread()) * 4;
@@ -190,14 +190,14 @@ struct WideConsumer {
       fence_registers(scores);
       Step previous{-1, 0, 0, 0};
       while (step.tile >= 0) {
-        const bool partial = step.tile & 1;
+        const bool partial = step.partial(0);
         float lse[kSteps][4];
         const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) load_shared_float4(lse[k], lse_place + k * 64);
         if (partial) {
           move_to_bounds(step.bounds);
-          mask_scores(scores, intervals, warp_key() + lane() / 4, (step.tile >> 1) * Config::kRows, lane(),
+          mask_scores(scores, intervals, warp_key() + lane() / 4, step.row_tile() * Config::kRows, lane(),
                       masked_score);
         }
         uint32_t rounded_p[kSteps][4];

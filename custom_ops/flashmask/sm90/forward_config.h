@@ -88,8 +88,8 @@ struct ForwardLayout {
   using Config = Config_;
   using QTile = Panels<kRowsPerWarpgroup, kHeadDim>;  // of a warpgroup; its output, too
   using KTile = Panels<Config::kColumns, kHeadDim>;
-  // Element masks of one tile, as words of two columns x 16 rows: [rows / 16][lane % 4][columns / 8]. The padding of 128
-  // columns puts the four lanes of a quad into different banks.
+  // Element masks of one tile, as words of two columns x 16 rows: [rows / 16][lane % 4][columns / 8]. The padding of
+  // 128 columns puts the four lanes of a quad into different banks.
   static constexpr int kMaskStride = Config::kColumns / 8 + (Config::kColumns > 64 ? 4 : 0);
   static constexpr int kMaskBytes = Config::kRows / 16 * 4 * kMaskStride * 4;
 

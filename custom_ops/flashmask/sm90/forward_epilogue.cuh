@@ -1,5 +1,5 @@
-// The end of a row tile: the output by its row sums, through shared memory and the copy engine or, where that has better
-// uses, straight to memory; lse straight to memory.
+// The end of a row tile: the output by its row sums, through shared memory and the copy engine or, where that has
+// better uses, straight to memory; lse straight to memory.
 #pragma once
 
 #include "../cuda/element.cuh"
