@@ -128,6 +128,23 @@ def test_column_tiles_begin_where_others_are(head_dim: int, libraries: Libraries
         assert max(errors.values()) < LIMIT, (case, errors)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_that_see_nothing_of_a_step(head_dim: int, libraries: Libraries) -> None:
+    """Where documents end in the middle of a column tile, half of its keys see none of the rows that the others see."""
+    library = libraries("backward", head_dim)
+    for number in range(4):
+        ends = np.random.default_rng(number).choice(np.arange(1, 600), 3 + number, replace=False)
+        documents = (*sorted(ends.tolist()), 600)
+        shape: dict[str, Any] = {"s_q": 600, "s_k": 600, "h_q": 2, "h_k": 1, "n": 1, "h_m": 1, "documents": documents}
+        case = dense_case(head_dim, number, **shape, causal=True, deterministic=True)
+        got = case.run(library)
+        errors = case.errors(got)
+        assert max(errors.values()) < LIMIT, (case, errors)
+        everything = dataclasses.replace(case, no_skip=True).run(library)
+        for name, array in got.items():
+            np.testing.assert_array_equal(array, everything[name], name)
+
+
 @pytest.mark.parametrize(("head_dim", "low_dim"), FORWARD[:3])
 def test_skipped_tiles_change_no_bit(head_dim: int, low_dim: int, libraries: Libraries) -> None:
     library = libraries("forward", head_dim)
@@ -253,6 +270,7 @@ USED_BARRIERS = [
     ("forward", 64, range(56)),
     ("forward", 96, range(46)),
     ("forward", 128, range(38)),
+    ("forward", 256, range(6)),  # three places for Q; the rest is as at 128
     ("unmasked", 64, range(44)),
     ("unmasked", 128, sorted({*range(32)} - {14, 15})),
     ("backward", 128, sorted({*range(38)} - {12, 13, 16, 17})),

@@ -69,6 +69,7 @@ class Problem:
     causal: bool
     dtype: str = "bf16"
     block_mask: bool = False
+    documents: tuple[int, ...] = ()  # their ends; of causal documents, with n = 1
     scale: float | None = None
     no_skip: bool = False
     deterministic: bool = False
@@ -98,6 +99,9 @@ class Problem:
         self.bounds = self.blocked = None
         if self.n:
             self.bounds = reference.random_intervals(rng, self.b, self.h_m, self.s_q, self.s_k, self.n)
+        if self.documents:
+            ends = np.array(self.documents, np.int32)
+            self.bounds[...] = ends[np.searchsorted(ends, np.arange(self.s_k), "right")][:, None]
         if self.block_mask:
             shape = (self.b, self.h_m, -(-self.s_q // 128), -(-self.s_k // 128))
             self.blocked = (rng.random(shape) < 0.6).astype(np.int32)
