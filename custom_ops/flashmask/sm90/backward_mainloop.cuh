@@ -196,8 +196,17 @@ struct BackwardConsumer {
       return read_step(base + Layout::kSteps + q.stage * 16);
     };
     Step step = next_step();
-    bool unseen = false;
-    if (Config::kPassesUnseen && step.tile >= 0) unseen = step.unseen(consumer);
+    bool unseen = false;  // whether it is by these keys
+    // In one branch, or the compiler takes it that a warp's lanes may part, here and everywhere.
+    const auto move_on = [&] {
+      if (step.tile >= 0) {
+        move_to_bounds(first_bounds + step.bounds);
+        unseen = step.unseen(consumer);
+      }
+    };
+    if constexpr (Config::kPassesUnseen) {
+      if (step.tile >= 0) unseen = step.unseen(consumer);  // their intervals may still be on their way
+    }
     // The end of a step: the other half of its work, dQ of the step before, in the first round a product that is
     // dropped; then the next step. Calls taken() when no product is in flight any more.
     const auto finish_step = [&](const auto& taken) {
@@ -209,12 +218,13 @@ struct BackwardConsumer {
       // Everything that the next S^T needs is at hand when these products are done.
       const int q_stage = q.stage, ds_stage = previous_ds.stage;
       q.advance();
-      if (Config::kPassesUnseen) step = next_step();  // shared memory is slow to answer while the product reads it
+      // Asked for before the product, while shared memory is still quick to answer.
+      if constexpr (Config::kPassesUnseen) step = next_step();
       dq_product(dq, previous_ds.stage, key_rows);
-      if (!Config::kPassesUnseen) step = next_step();
       previous_ds = ds;
       dout.advance();
       ds.advance();
+      if constexpr (!Config::kPassesUnseen) step = next_step();
       if (!kDeterministic && count > 1) wait_for_dq_place();
       wgmma_wait<0>();
       taken();
@@ -226,16 +236,10 @@ struct BackwardConsumer {
       }
       barriers.q_empty(q_stage).arrive_warp();
       if (count > 1) barriers.ds_empty(ds_stage).arrive_warp();
-      // Both in this branch, or the compiler takes it that a warp's lanes may part, here and everywhere.
-      if (Config::kPassesUnseen && step.tile >= 0) {
-        move_to_bounds(first_bounds + step.bounds);
-        unseen = step.unseen(consumer);
-      }
+      if constexpr (Config::kPassesUnseen) move_on();
     };
     // A step of which these keys see nothing: only dQ of the step before, and a dS^T of zeros for the other warpgroup.
-    const auto pass_step = [&] {
-      const bool has_dq = count >= 2;
-      ++count;
+    const auto pass_step = [&](bool has_dq) {
       if (!has_dq) {
         barriers.v_full(consumer).wait(tile_parity);
       } else {
@@ -264,109 +268,114 @@ struct BackwardConsumer {
       end_turn();
       finish_step([] {});
     };
-    const auto full_step = [&] {
-      trace(Event::kStep);
-      const bool partial = step.partial(Config::kPassesUnseen ? consumer : 0);
-      const bool has_dq = count >= 2;
-      ++count;
-
-      float scores[kGroups][4], dp[kGroups][4];
-      score_product<KeyPlaces>(scores, Layout::kK, key_row(consumer), Layout::kQ, q.stage);
-      if (!has_dq) {
-        barriers.v_full(consumer).wait(tile_parity);
-        if (Config::kPassesUnseen) move_to_bounds(first_bounds + step.bounds);
-      } else if constexpr (kDeterministic) {
-        wait_for_dq_place();
-        store_dq(dq_kept, dq_place);
-      }
-      if (kHandsOverEarly && has_dq) hand_over_dq();
-      barriers.do_full(dout.stage).wait(dout.parity);
-      score_product<KTile>(dp, Layout::kV, consumer * 64, Layout::kDo, dout.stage);
-      if (!kHandsOverEarly && has_dq) hand_over_dq();
-
-      // Statistics of 16 rows come at a time, each some products or exponentials before it is needed: shared memory,
-      // which the products read too, is slow to answer. Where P^T stays in float32, delta takes the registers of lse.
-      constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? 2 : kSteps;
-      float lse[kSteps][4], delta[kSteps][4];
-      const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
-      const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
-#pragma unroll
-      for (int k = 0; k < kLseAhead; ++k) load_shared_float4(lse[k], lse_place + k * 64);
-      if (!Config::kPassesUnseen) move_to_bounds(first_bounds + step.bounds);
-
-      wgmma_wait<1>();
-      fence_registers(scores);
-      if constexpr (Config::kTurnIncludesDs) begin_turn();
-      if (partial) {
-        mask_scores(scores, base + Layout::kBounds + (bounds & (kBoundsBuffers - 1)) * Layout::kBoundsBytes,
-                    first_key() + lane() / 4, step.row_tile() * Config::kRows, lane(), masked_score);
-      }
-      if constexpr (!Config::kTurnIncludesDs) begin_turn();
-      uint32_t rounded_p[kSteps][4];
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if (k + kLseAhead < kSteps) load_shared_float4(lse[k + kLseAhead], lse_place + (k + kLseAhead) * 64);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& score = scores[2 * k + i / 4][i % 4];
-          score = exp2_fast(score * p.signed_scale_log2 - lse[k][i / 4 * 2 + i % 2]);
-        }
-        pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
-        if constexpr (!Config::kRoundedP) load_shared_float4(delta[k], delta_place + k * 64);
-        // Every few exponentials, so that the tensor cores need not wait for the last.
-        if (k % Config::kDvPiece == Config::kDvPiece - 1) {
-          gradient_product<Config::kDvPiece>(dv, rounded_p, Layout::kDo, dout.stage, k + 1 - Config::kDvPiece);
-        }
-      }
-      wgmma_commit();
-      if constexpr (!Config::kTurnIncludesDs) end_turn();
-
-      if constexpr (Config::kRoundedP) {
-#pragma unroll
-        for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
-      }
-      barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
-      if (count == 1) wait_gradients_read();
-      wgmma_wait<1>();
-      fence_registers(dp);
-      uint32_t rounded_ds[kSteps][4];
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if (k + kDeltaAhead < kSteps) load_shared_float4(delta[k + kDeltaAhead], delta_place + (k + kDeltaAhead) * 64);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int n = 2 * k + i / 4;
-          dp[n][i % 4] = probability(scores, rounded_p, n, i % 4) * (dp[n][i % 4] - delta[k][i / 4 * 2 + i % 2]);
-        }
-        pack_operand<T>(rounded_ds[k], dp[2 * k], dp[2 * k + 1]);
-        store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, k * 16), rounded_ds[k]);
-      }
-      if constexpr (Config::kTurnIncludesDs) end_turn();
-      gradient_product<kSteps>(dk, rounded_ds, Layout::kQ, q.stage);
-      wgmma_commit();
-      // The fence waits until dS^T is stored; the tensor cores have work by now, and nobody wants dS^T before the next
-      // step.
-      fence_async_proxy();
-      barriers.ds_full(ds.stage).arrive_warp();
-
-      wgmma_wait<1>();
-      fence_registers(dv);
-      fence_registers(rounded_p);
-      barriers.do_empty(dout.stage).arrive_warp();
-
-      finish_step([&] {
-        fence_registers(dk);
-        fence_registers(rounded_ds);
-      });
-    };
     // Nothing is in flight from one round to the next, and nothing that a product wrote is used in the next but dK and
     // dV: the compiler would serialise the products, or wait for all of them.
     while (true) {
-      while (step.tile >= 0 && !unseen) full_step();
-      if (!Config::kPassesUnseen || step.tile < 0) break;
-      pass_step();
+      while (step.tile >= 0 && !unseen) {
+        trace(Event::kStep);
+        const bool partial = step.partial(consumer);
+        const bool has_dq = count >= 2;
+        ++count;
+
+        float scores[kGroups][4], dp[kGroups][4];
+        score_product<KeyPlaces>(scores, Layout::kK, key_row(consumer), Layout::kQ, q.stage);
+        if (!has_dq) {
+          barriers.v_full(consumer).wait(tile_parity);
+          if constexpr (Config::kPassesUnseen) move_to_bounds(first_bounds + step.bounds);
+        } else if constexpr (kDeterministic) {
+          wait_for_dq_place();
+          store_dq(dq_kept, dq_place);
+        }
+        if (kHandsOverEarly && has_dq) hand_over_dq();
+        barriers.do_full(dout.stage).wait(dout.parity);
+        score_product<KTile>(dp, Layout::kV, consumer * 64, Layout::kDo, dout.stage);
+        if (!kHandsOverEarly && has_dq) hand_over_dq();
+
+        // Statistics of 16 rows come at a time, each some products or exponentials before it is needed: shared memory,
+        // which the products read too, is slow to answer. Where P^T stays in float32, delta takes the registers of lse.
+        constexpr int kLseAhead = Config::kRoundedP ? 2 : kSteps, kDeltaAhead = Config::kRoundedP ? 2 : kSteps;
+        float lse[kSteps][4], delta[kSteps][4];
+        const uint32_t lse_place = base + Layout::kLse + q.stage * Config::kRows * 4 + lane() % 4 * 16;
+        const uint32_t delta_place = base + Layout::kDelta + dout.stage * Config::kRows * 4 + lane() % 4 * 16;
+#pragma unroll
+        for (int k = 0; k < kLseAhead; ++k) load_shared_float4(lse[k], lse_place + k * 64);
+        if constexpr (!Config::kPassesUnseen) move_to_bounds(first_bounds + step.bounds);
+
+        wgmma_wait<1>();
+        fence_registers(scores);
+        if constexpr (Config::kTurnIncludesDs) begin_turn();
+        if (partial) {
+          mask_scores(scores, base + Layout::kBounds + (bounds & (kBoundsBuffers - 1)) * Layout::kBoundsBytes,
+                      first_key() + lane() / 4, step.row_tile() * Config::kRows, lane(), masked_score);
+        }
+        if constexpr (!Config::kTurnIncludesDs) begin_turn();
+        uint32_t rounded_p[kSteps][4];
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          if (k + kLseAhead < kSteps) load_shared_float4(lse[k + kLseAhead], lse_place + (k + kLseAhead) * 64);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            float& score = scores[2 * k + i / 4][i % 4];
+            score = exp2_fast(score * p.signed_scale_log2 - lse[k][i / 4 * 2 + i % 2]);
+          }
+          pack_operand<T>(rounded_p[k], scores[2 * k], scores[2 * k + 1]);
+          if constexpr (!Config::kRoundedP) load_shared_float4(delta[k], delta_place + k * 64);
+          // Every few exponentials, so that the tensor cores need not wait for the last.
+          if (k % Config::kDvPiece == Config::kDvPiece - 1) {
+            gradient_product<Config::kDvPiece>(dv, rounded_p, Layout::kDo, dout.stage, k + 1 - Config::kDvPiece);
+          }
+        }
+        wgmma_commit();
+        if constexpr (!Config::kTurnIncludesDs) end_turn();
+
+        if constexpr (Config::kRoundedP) {
+#pragma unroll
+          for (int k = 0; k < kDeltaAhead; ++k) load_shared_float4(delta[k], delta_place + k * 64);
+        }
+        barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
+        if (count == 1) wait_gradients_read();
+        wgmma_wait<1>();
+        fence_registers(dp);
+        uint32_t rounded_ds[kSteps][4];
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          if (k + kDeltaAhead < kSteps)
+            load_shared_float4(delta[k + kDeltaAhead], delta_place + (k + kDeltaAhead) * 64);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int n = 2 * k + i / 4;
+            dp[n][i % 4] = probability(scores, rounded_p, n, i % 4) * (dp[n][i % 4] - delta[k][i / 4 * 2 + i % 2]);
+          }
+          pack_operand<T>(rounded_ds[k], dp[2 * k], dp[2 * k + 1]);
+          store_matrix(matrix_moved<DsTile>(ds_corner + ds.stage * DsTile::kBytes, k * 16), rounded_ds[k]);
+        }
+        if constexpr (Config::kTurnIncludesDs) end_turn();
+        gradient_product<kSteps>(dk, rounded_ds, Layout::kQ, q.stage);
+        wgmma_commit();
+        // The fence waits until dS^T is stored; the tensor cores have work by now, and nobody wants dS^T before the
+        // next step.
+        fence_async_proxy();
+        barriers.ds_full(ds.stage).arrive_warp();
+
+        wgmma_wait<1>();
+        fence_registers(dv);
+        fence_registers(rounded_p);
+        barriers.do_empty(dout.stage).arrive_warp();
+
+        finish_step([&] {
+          fence_registers(dk);
+          fence_registers(rounded_ds);
+        });
+      }
+      if (step.tile < 0) {
+        move_to_bounds(first_bounds + step.bounds);
+        break;
+      }
+      if constexpr (Config::kPassesUnseen) {
+        ++count;
+        pass_step(count > 2);
+      }
     }
-    move_to_bounds(first_bounds + step.bounds);
     barriers.q_empty(q.stage).arrive_warp();
     q.advance();
 
