@@ -66,6 +66,8 @@ struct BackwardConfig<256> : WideBackwardShape<2> {};
 
 // Places for intervals of a column tile's keys (above 128 dims there is one), and for tickets to work on.
 constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
+// What store_spans() (backward_mask.cuh) writes of the keys of a warpgroup.
+constexpr int kSpansBytes = 32;
 // Row tiles that are prepared or finished at a time: 256 KiB to read and as much to write, or half of that.
 constexpr int kRowTilesPerItem = 8;
 // A row item that so few column tiles see is not given zeros, where there are lists of not more than so many.
@@ -103,7 +105,7 @@ struct BackwardLayout {
   static constexpr int kDelta = kLse + Config::kQStages * Config::kRows * 4;
   static constexpr int kBounds = kDelta + Config::kDoStages * Config::kRows * 4;  // int4 a key: its two intervals
   static constexpr int kSpans = Config::kColumns * 16;  // behind all intervals: what each warpgroup's have in common
-  static constexpr int kBoundsBytes = kSpans + (Config::kPassesUnseen ? Config::kConsumers * 32 : 0);
+  static constexpr int kBoundsBytes = kSpans + (Config::kPassesUnseen ? Config::kConsumers * kSpansBytes : 0);
   static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
   static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
   static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // the one at work, and the next

@@ -11,8 +11,9 @@
 //   dK += dS^T Q               tell of dS^T
 //   dQ of the step before      wait for the next step's rows, and for all; dQ to shared memory
 //
-// (At d = 64 masks come before the turn, and dQ is told of under dP^T; at d = 128 dV is issued in two parts.
-// Deterministic: dQ of two steps ago goes to shared memory under S^T, and is told of under dP^T.)
+// (At d = 64 masks come before the turn, and dQ is told of under dP^T; at d = 128 dV is issued in two parts, and the
+// next step's rows are waited for before dQ is issued. A step of which these 64 keys see nothing is passed over:
+// pass_step. Deterministic: dQ of two steps ago goes to shared memory under S^T, and is told of under dP^T.)
 //
 // dQ = dS K needs the other warpgroup's dS^T. It is computed one step late, when that has long been there: so the
 // warpgroups need not walk in step, and they take turns at the exponentials, one computing while the other
@@ -238,8 +239,9 @@ struct BackwardConsumer {
       if (count > 1) barriers.ds_empty(ds_stage).arrive_warp();
       if constexpr (Config::kPassesUnseen) move_on();
     };
-    // A step of which these keys see nothing: only dQ of the step before, and a dS^T of zeros for the other warpgroup.
+    // A step of which these keys see nothing: only dQ of the step before, and a dS^T of zeros, which both multiply.
     const auto pass_step = [&](bool has_dq) {
+      trace(Event::kStep);
       if (!has_dq) {
         barriers.v_full(consumer).wait(tile_parity);
       } else {

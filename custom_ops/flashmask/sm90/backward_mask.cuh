@@ -1,4 +1,5 @@
-// Element masks of the backward kernels: the intervals of a block's keys in shared memory, and their use on S^T.
+// Element masks of the backward kernels: the intervals of a block's keys in shared memory, what those of a warpgroup
+// have in common, and their use on S^T.
 #pragma once
 
 #include "../cuda/instructions.cuh"
@@ -31,8 +32,6 @@ __device__ __forceinline__ int4 key_intervals(const FlashmaskParams& op, int64_t
   const auto clamped = [](int row) { return min(max(row, 0), kAfterAll); };
   return make_int4(clamped(both.x), clamped(both.y), clamped(both.z), clamped(both.w));
 }
-
-constexpr int kSpansBytes = 32;
 
 // For a whole warp: what the intervals of a warpgroup's 64 keys have in common, to `place`: eight words as pairs of
 // rows [begin, end): masked by everyone's first interval; by everyone's second; all that anyone's first interval masks;

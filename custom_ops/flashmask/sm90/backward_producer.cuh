@@ -71,8 +71,9 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     };
     int flags = partial ? Step::kPartial * ((1 << Config::kConsumers) - 1) : 0;
     if constexpr (Config::kPassesUnseen) {
-      // Under the first mask each warpgroup's keys are looked at. To wait for the intervals of a third could be for
-      // ever: they come when the first are free, which they are when the second's rows have come.
+      // Each warpgroup's keys are looked at, but only under the first mask, whose intervals come when the column tile
+      // before is done. To wait for those of further ones could be for ever: they come when the consumers have begun
+      // here, for which they may need the very rows that would wait.
       if (partial && block.mask_index(p.op, head) == block.first_mask(p.op)) {
         const uint32_t place = rings->all_bounds % kBoundsBuffers;
         barriers.bounds_full(place).wait_warp(rings->all_bounds / kBoundsBuffers % 2);

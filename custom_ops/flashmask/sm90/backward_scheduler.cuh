@@ -1,6 +1,6 @@
 // What a persistent block of the backward kernel does next: the part of the warp that brings keys that asks memory.
 //
-// A ticket, a counter of others, the place that another column tile is at: each is known 2 us after it was asked for,
+// A ticket, a counter of others, the row tile that the leading block is at: each is known 2 us after it was asked for,
 // when memory is busy. The warp that brings rows has no time for that, or the consumers wait. It says when the block
 // should know what comes after the item at work (`asked`), early enough for several questions, and finds the answer
 // in shared memory.

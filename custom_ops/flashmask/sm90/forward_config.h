@@ -33,6 +33,9 @@ struct ForwardShape {
   // Whether the warpgroups take turns at issuing products, so that one's exponentials fall into the other's products.
   // More do that by themselves, and a turn of one that is at the end of a row tile would keep the others waiting.
   static constexpr bool kTakesTurns = kConsumers == 2;
+  // Else a place goes from one warpgroup to the other, and who waits for it could take the other's rows for its own, a
+  // round early. Turns exclude that: the other has had its rows by then.
+  static_assert(kEarlyQ == 0 || kEarlyQ == kConsumers || kTakesTurns);
   // Whether the next K is waited for while scores are computed, or only behind the exponentials: with two places for 64
   // keys it is often not there before.
   static constexpr bool kWaitsForKeysEarly = kColumns >= 128;
