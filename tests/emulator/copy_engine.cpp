@@ -61,17 +61,15 @@ void load_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier_add
   Block* const block = current->block;
   MBarrier* const barrier = &load_barrier(block, barrier_address);
   check_place(block, destination, box_bytes(map), 128);
-  check_write(destination, nullptr, box_bytes(map));
+  const Load load = begin_load(destination, box_bytes(map));
   block->poison(destination, box_bytes(map));
-  const int thread = current->index;
-  const uint32_t clock = current->seen.empty() ? 0 : current->seen[thread];
   block->events.push_back({true, [=, map = map] {
                              for_each_element(map, destination, corner, [&](uint32_t place, const char* source) {
                                const uint16_t value = 0;
                                block->write_async(
                                    place, source == nullptr ? reinterpret_cast<const char*>(&value) : source, 2);
                              });
-                             pass_on_load(&barrier->arriving, thread, clock);
+                             pass_on_load(&barrier->arriving, load);
                              complete_bytes(block, barrier, box_bytes(map));
                            }});
 }
@@ -81,14 +79,12 @@ void load_bytes(uint32_t destination, const void* source, int bytes, uint32_t ba
   MBarrier* const barrier = &load_barrier(block, barrier_address);
   check_place(block, destination, bytes, 16);
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("load_bytes: not in multiples of 16");
-  check_write(destination, nullptr, bytes);
+  const Load load = begin_load(destination, bytes);
   block->poison(destination, bytes);
-  const int thread = current->index;
-  const uint32_t clock = current->seen.empty() ? 0 : current->seen[thread];
   block->events.push_back({true, [=] {
                              for (int i = 0; i < bytes; i += 16)
                                block->write_async(destination + i, static_cast<const char*>(source) + i, 16);
-                             pass_on_load(&barrier->arriving, thread, clock);
+                             pass_on_load(&barrier->arriving, load);
                              complete_bytes(block, barrier, bytes);
                            }});
 }

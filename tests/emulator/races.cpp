@@ -1,6 +1,7 @@
 // Who has seen what of shared memory: every thread has a clock, and knows how far it has seen every other's (vector
 // clocks). Two accesses of a word, one of them a write, want that the later thread has seen the clock of the earlier
-// one.
+// one. What a thread loads by the copy engine has a clock of its own, which only the load's mbarrier passes on: not
+// what the thread arrives at meanwhile.
 #include <algorithm>
 
 #include "state.h"
@@ -25,7 +26,8 @@ const Clocks& passed_on(const Thread& thread) {
 }
 
 [[noreturn]] void fail_race(uint32_t word, const char* mine, const char* others, int other) {
-  fail("race: %s of shared address %u, after a %s by thread %d that it has not seen", mine, word * 4, others, other);
+  fail("race: %s of shared address %u, after a %s by thread %d that it has not seen", mine, word * 4, others,
+       other % static_cast<int>(current->block->threads.size()));
 }
 
 }  // namespace
@@ -34,7 +36,7 @@ void start_races(Block* block) {
   if (options.races == Races::kUnchecked) return;
   block->words.assign(block->shared.size() / 4 + 1, Word());
   for (Thread& thread : block->threads) {
-    thread.seen.assign(block->threads.size(), 0);
+    thread.seen.assign(2 * block->threads.size(), 0);
     thread.passes_on = thread.seen;
     tick(&thread);
   }
@@ -46,10 +48,22 @@ void pass_on(Clocks* clocks) {
   tick(current);
 }
 
-void pass_on_load(Clocks* clocks, int thread, uint32_t clock) {
+Load begin_load(uint32_t address, int bytes) {
+  check_write(address, nullptr, bytes);
+  if (options.races == Races::kUnchecked) return {};
+  Thread& me = *current;
+  const Load load{static_cast<int>(me.block->threads.size()) + me.index, ++me.loads};
+  for (uint32_t i = address / 4; i < (address + bytes) / 4; ++i) {
+    me.block->words[i].writer = load.clock_of;
+    me.block->words[i].clock = load.clock;
+  }
+  return load;
+}
+
+void pass_on_load(Clocks* clocks, const Load& load) {
   if (options.races == Races::kUnchecked) return;
-  if (static_cast<int>(clocks->size()) <= thread) clocks->resize(thread + 1, 0);
-  (*clocks)[thread] = std::max((*clocks)[thread], clock);
+  if (static_cast<int>(clocks->size()) <= load.clock_of) clocks->resize(load.clock_of + 1, 0);
+  (*clocks)[load.clock_of] = std::max((*clocks)[load.clock_of], load.clock);
 }
 
 void see(const Clocks& clocks) {

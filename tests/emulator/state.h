@@ -32,7 +32,13 @@ struct BulkGroup {
   void write();
 };
 
-using Clocks = std::vector<uint32_t>;  // of the threads of a block; empty: nothing seen
+using Clocks = std::vector<uint32_t>;  // of the threads of a block, and of their loads; empty: nothing seen
+
+// A load of the copy engine: the clock that it is on, and when.
+struct Load {
+  int clock_of = 0;
+  uint32_t clock = 0;
+};
 
 // Asynchronous reads of shared memory that were not waited for: addresses of 16 bytes, by groups.
 struct Reading {
@@ -69,6 +75,7 @@ struct Thread {
   // races.cpp: what this thread has seen, itself included; and without what it only knows by its warp. What its groups
   // of stores, and of its warp's products (lane 0), still read.
   Clocks seen, passes_on;
+  uint32_t loads = 0;  // by the copy engine
   Reading stores_read, products_read;
 };
 
@@ -178,8 +185,9 @@ void pass_on(Clocks* clocks);    // arrives
 void see(const Clocks& clocks);  // what others had passed on
 void see_warp(Warp* warp);       // all lanes have met
 void check_read(uint32_t address, int bytes);
-void check_write(uint32_t address, const void* value, int bytes);  // before it; null: a load of the copy engine begins
-void pass_on_load(Clocks* clocks, int thread, uint32_t clock);     // such a load, asked for then, is here
+void check_write(uint32_t address, const void* value, int bytes);  // before it
+Load begin_load(uint32_t address, int bytes);                      // by the copy engine
+void pass_on_load(Clocks* clocks, const Load& load);               // it is here
 // Asynchronous reads of 16 bytes by a thread: they last until their group is waited for.
 void begin_read(Thread* thread, Reading* reading, uint32_t address);
 void commit_reads(Reading* reading);

@@ -43,6 +43,7 @@ struct BackwardConsumer {
   static constexpr int kSteps = Config::kRows / 16;  // of products over the queries of a tile
   static constexpr bool kHandsOverEarly = Config::kHandsOverEarly && !kDeterministic;
   static_assert(kSteps % Config::kDvPiece == 0);
+  static_assert(!Config::kPassesUnseen || !Layout::kGradientsByDs, "who passes a step does not wait for the copies");
 
   uint32_t base;        // address of the shared memory
   int thread_in_block;  // opaque: the compiler would read it anew in every step, which takes long
@@ -252,7 +253,6 @@ struct BackwardConsumer {
         hand_over_dq();
       }
       barriers.ds_empty(ds.stage).wait(ds.parity ^ 1);
-      if (count == 1) wait_gradients_read();
       const uint32_t zeros =
           base + Layout::kDs + ds.stage * DsTile::kBytes + first_key() * DsTile::kRowBytes + lane() * 16;
 #pragma unroll
