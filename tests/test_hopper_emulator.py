@@ -50,6 +50,13 @@ def libraries(emulator_builder: compilation.Builder) -> Libraries:
     return get
 
 
+def assert_as_with_every_tile(got: dict[str, np.ndarray], case: Problem, library: Emulated) -> None:
+    """To the bit, as if nothing were skipped."""
+    everything = dataclasses.replace(case, no_skip=True).run(library)
+    for name, array in got.items():
+        np.testing.assert_array_equal(array, everything[name], name)
+
+
 @pytest.mark.parametrize(("direction", "head_dim", "low_dim"), KERNELS)
 def test_random_problems_match_the_reference(direction: str, head_dim: int, low_dim: int, libraries: Libraries) -> None:
     library = libraries(direction, head_dim)
@@ -143,9 +150,7 @@ def test_keys_that_see_nothing_of_a_step(head_dim: int, libraries: Libraries) ->
         got = case.run(library)
         errors = case.errors(got)
         assert max(errors.values()) < LIMIT, (case, errors)
-        everything = dataclasses.replace(case, no_skip=True).run(library)
-        for name, array in got.items():
-            np.testing.assert_array_equal(array, everything[name], name)
+        assert_as_with_every_tile(got, case, library)
 
 
 @pytest.mark.parametrize(("head_dim", "low_dim"), FORWARD[:3])
@@ -154,9 +159,7 @@ def test_skipped_tiles_change_no_bit(head_dim: int, low_dim: int, libraries: Lib
     for number in range(6):
         rng = np.random.default_rng((1, number))
         case = emulated.random_problem(rng, head_dim, low_dim, no_skip=False, n=4, causal=False)
-        everything = dataclasses.replace(case, no_skip=True).run(library)
-        for name, array in case.run(library).items():
-            np.testing.assert_array_equal(array, everything[name], name)
+        assert_as_with_every_tile(case.run(library), case, library)
 
 
 @pytest.mark.parametrize(("head_dim", "low_dim"), FORWARD)
@@ -178,9 +181,7 @@ def test_scores_that_outgrow_the_first_tile(growth: int, head_dim: int, low_dim:
         got = case.run(library)
         errors = case.errors(got)
         assert max(errors.values()) < LIMIT, (case, errors)
-        everything = dataclasses.replace(case, no_skip=True).run(library)
-        for name, array in got.items():
-            np.testing.assert_array_equal(array, everything[name], name)
+        assert_as_with_every_tile(got, case, library)
         # Rows decide for themselves: those between others that grow more keep their bits.
         case.stored["q"][:, ::3] = case.store(100 * case.values["q"][:, ::3])
         others = np.arange(case.s_q) % 3 != 0

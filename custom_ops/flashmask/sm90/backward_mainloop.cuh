@@ -370,6 +370,7 @@ struct BackwardConsumer {
         });
       }
       if (step.tile < 0) {
+        trace(Event::kStep);
         move_to_bounds(first_bounds + step.bounds);
         break;
       }
