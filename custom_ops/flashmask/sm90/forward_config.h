@@ -38,7 +38,7 @@ struct ForwardShape {
   static_assert(kEarlyQ == 0 || kEarlyQ == kConsumers || kTakesTurns);
   // Whether the next K is waited for while scores are computed, or only behind the exponentials: with two places for 64
   // keys it is often not there before.
-  static constexpr bool kWaitsForKeysEarly = kColumns >= 128;
+  static constexpr bool kWaitsForKeysEarly = kColumns >= 128 || kStages > 2;
   // Whether the next row tile is looked up while products run (needs registers), or between row tiles.
   static constexpr bool kLooksAhead = kConsumers == 2;
   // With more, P V of the tile before is long done when half of the exponentials are: it is waited for then, so that
@@ -58,7 +58,7 @@ struct ForwardShape {
   static constexpr int kOrderStages = 8;
 };
 
-// 128 columns where the tiles fit: fewer turns of the softmax's fixed costs. Tile sizes divide the block mask's 128.
+// Tile sizes divide the block mask's 128. Measured in docs/performance-log.md.
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
@@ -66,14 +66,14 @@ struct ForwardConfig<64> : ForwardShape<4, 128, 3, 8, 4, 2> {};
 template <>
 struct ForwardConfig<96> : ForwardShape<3, 128, 2, 6, 3, 2> {};
 template <>
-struct ForwardConfig<128> : ForwardShape<2, 128, 2, 4, 1> {};
+struct ForwardConfig<128> : ForwardShape<3, 64, 3, 6, 4, 1, OutputBy::kRegisters> {};
 template <>
 struct ForwardConfig<192> : ForwardShape<2, 64, 2, 3, 2> {};
 template <>
 struct ForwardConfig<256> : ForwardShape<2, 64, 2, 3, 2, 1, OutputBy::kRegisters> {};
 
-// Where nothing masks, tiles may be wider than the lists' and the block mask's: what a tile costs whatever its width
-// then comes less often. Without a choice of its own, a head dim takes the one above.
+// Where nothing masks: no code for masks and skipped tiles, and any tiles. Without a choice of its own, a head dim
+// takes the one above.
 template <int kHeadDim>
 struct UnmaskedConfig {
   static constexpr int kConsumers = 0;
@@ -81,7 +81,7 @@ struct UnmaskedConfig {
 template <>
 struct UnmaskedConfig<64> : ForwardShape<3, 128, 3, 6, 0> {};
 template <>
-struct UnmaskedConfig<128> : ForwardShape<2, 176, 2, 2, 0, 1, OutputBy::kRegisters> {};
+struct UnmaskedConfig<128> : ForwardShape<3, 64, 3, 6, 0, 1, OutputBy::kRegisters> {};
 template <int kHeadDim>
 constexpr bool kHasUnmasked = UnmaskedConfig<kHeadDim>::kConsumers > 0;
 

@@ -65,13 +65,10 @@ enum class Major : int { kK = 0, kMN = 1 };
 #define FLASHMASK_REGISTERS_128 \
   FLASHMASK_REGISTERS_96        \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FLASHMASK_REGISTERS_176                                                      \
+#define FLASHMASK_REGISTERS_192                                                      \
   FLASHMASK_REGISTERS_128                                                            \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define FLASHMASK_REGISTERS_192 \
-  FLASHMASK_REGISTERS_176       \
-  ", %88, %89, %90, %91, %92, %93, %94, %95"
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FLASHMASK_REGISTERS_256                                                                  \
   FLASHMASK_REGISTERS_192                                                                        \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
@@ -81,7 +78,6 @@ enum class Major : int { kK = 0, kMN = 1 };
 #define FLASHMASK_COUNT_64 FLASHMASK_ACC_8(0)
 #define FLASHMASK_COUNT_96 FLASHMASK_ACC_8(0), FLASHMASK_ACC_4(8)
 #define FLASHMASK_COUNT_128 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8)
-#define FLASHMASK_COUNT_176 FLASHMASK_COUNT_128, FLASHMASK_ACC_4(16), FLASHMASK_ACC_1(20), FLASHMASK_ACC_1(21)
 #define FLASHMASK_COUNT_192 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8), FLASHMASK_ACC_8(16)
 #define FLASHMASK_COUNT_256 FLASHMASK_ACC_8(0), FLASHMASK_ACC_8(8), FLASHMASK_ACC_8(16), FLASHMASK_ACC_8(24)
 
@@ -132,12 +128,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], uint64_t a_descrip
       FLASHMASK_WGMMA_SHARED(128, "bf16", "64", "65", "66", "67", "68");
     } else {
       FLASHMASK_WGMMA_SHARED(128, "f16", "64", "65", "66", "67", "68");
-    }
-  } else if constexpr (kN == 176) {
-    if constexpr (kBf16) {
-      FLASHMASK_WGMMA_SHARED(176, "bf16", "88", "89", "90", "91", "92");
-    } else {
-      FLASHMASK_WGMMA_SHARED(176, "f16", "88", "89", "90", "91", "92");
     }
   } else if constexpr (kN == 192) {
     if constexpr (kBf16) {
@@ -212,8 +202,6 @@ __device__ __forceinline__ void wgmma(float (&c)[kGroups][4], const uint32_t (&a
 #undef FLASHMASK_COUNT_96
 #undef FLASHMASK_REGISTERS_128
 #undef FLASHMASK_COUNT_128
-#undef FLASHMASK_REGISTERS_176
-#undef FLASHMASK_COUNT_176
 #undef FLASHMASK_REGISTERS_192
 #undef FLASHMASK_COUNT_192
 #undef FLASHMASK_REGISTERS_256
