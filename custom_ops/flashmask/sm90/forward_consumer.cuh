@@ -2,7 +2,8 @@
 //
 // S = Q K^T of the next tile and O += P V of this one are issued together; the softmax of the next tile then runs while
 // P V still does. Two warpgroups take turns in issuing, so that one's softmax hides under the other's products. More
-// have registers for half of a tile's scores only: its parts come one after the other, each with a softmax of its own.
+// have fewer registers for scores: tiles are narrower, or their parts come one after the other, each with a softmax of
+// its own.
 #pragma once
 
 #include <type_traits>
