@@ -54,7 +54,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
   Ring<Config::kQStages>& q_ring = rings->q;
   Ring<Config::kDoStages>& do_ring = rings->dout;
   if (block.column_tile == 0) rings->led = block.key_head(p.op);
-  for_each_tile<Config>(p, block, [&](int head, int tile, bool partial, const auto& left) {
+  for_each_tile<Config>(p, block, [&](int head, const HeadMask& mask, int tile, bool partial, const auto& left) {
     const uint32_t base = opaque(shared_base);
     const BackwardBarriers<kHeadDim> barriers{base};
     const int row = tile * Config::kRows;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
       // Each warpgroup's keys are looked at, but only under the first mask, whose intervals come when the column tile
       // before is done. To wait for those of further ones could be for ever: they come when the consumers have begun
       // here, for which they may need the very rows that would wait.
-      if (partial && block.mask_index(p.op, head) == block.first_mask(p.op)) {
+      if (partial && mask.number == 0) {
         const uint32_t place = rings->all_bounds % kBoundsBuffers;
         barriers.bounds_full(place).wait_warp(rings->all_bounds / kBoundsBuffers % 2);
         flags = flags_of_keys(base + Layout::kBounds + place * Layout::kBoundsBytes + Layout::kSpans, row,
@@ -85,10 +85,9 @@ __device__ __forceinline__ void bring_rows(const KernelParams& p, const Backward
     trace(Event::kPlaceFree);
     if (leader) {
       if (p.row_front != nullptr && rings->led == block.key_head(p.op)) *row_front(p, rings->led) = tile;
-      const int mask = block.mask_index(p.op, head);
       write_step(base + Layout::kSteps + q_ring.stage * 16,
-                 Step{tile << Step::kRowTileShift | flags, mask, static_cast<int>(block.batch_head(p.op, head)),
-                      mask - block.first_mask(p.op)});
+                 Step{tile << Step::kRowTileShift | flags, mask.index, static_cast<int>(block.batch_head(p.op, head)),
+                      mask.number});
       load(base + Layout::kQ + q_ring.stage * QTile::kBytes, maps.q, base + Layout::kLse + q_ring.stage * kRowBytes,
            p.query_lse, barriers.q_full(q_ring.stage));
     }
@@ -343,11 +342,10 @@ struct DqSender {
 
   // All steps of a column tile.
   __device__ __forceinline__ void send(const BackwardBlock& block) {
-    for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
+    for_each_tile<Config>(p, block, [&](int head, const HeadMask& mask, int tile, bool, const auto&) {
       const int row_tile = static_cast<int>(block.batch_head(p.op, head)) * p.lists.row_tiles + tile;
       if constexpr (kDeterministic) {
-        add_in_turn(row_tile,
-                    [&] { return turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile); });
+        add_in_turn(row_tile, [&] { return turns_before<Config>(p, mask.index, tile, block.column_tile); });
       } else {
         add(row_tile, block.batch_head(p.op, head) * p.padded_rows + tile * Config::kRows);
       }

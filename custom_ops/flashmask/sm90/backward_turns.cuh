@@ -55,9 +55,9 @@ __device__ __forceinline__ void manage_turns(const KernelParams& p, uint32_t sha
   for (uint32_t number = 0; wait_for_work<kHeadDim>(shared_base, number); ++number) {
     const BackwardBlock block(p, read_work<kHeadDim>(shared_base, number));
     free_work<kHeadDim>(shared_base, number);
-    for_each_tile<Config>(p, block, [&](int head, int tile, bool, const auto&) {
+    for_each_tile<Config>(p, block, [&](int head, const HeadMask& mask, int tile, bool, const auto&) {
       int32_t* turn = sums_state(p, block.batch_head(p.op, head) * p.lists.row_tiles + tile, consumer);
-      const int before = turns_before<Config>(p, block.mask_index(p.op, head), tile, block.column_tile);
+      const int before = turns_before<Config>(p, mask.index, tile, block.column_tile);
       if (added != nullptr) count_added();
       wait_to_add(turn, before);
       barriers.dq_empty(consumer).arrive_warp();

@@ -152,13 +152,22 @@ __device__ __forceinline__ int first_row_tile(const KernelParams& p, const Colum
 
 constexpr int kManyLeft = 1 << 30;
 
-// Calls visit(head, row tile, partial, left) for all that the block has to do, in order: from its first row tile on and
-// around. left() says how many visits come after this one, or kManyLeft. For whole warps; every warp that calls it sees
-// the same sequence.
+// Of a query head. Found once for all of its row tiles: it takes divisions.
+struct HeadMask {
+  int index;   // batch * heads_mask + mask head
+  int number;  // of the column tile's masks, from 0
+};
+
+// Calls visit(head, its mask, row tile, partial, left) for all that the block has to do, in order: from its first row
+// tile on and around. left() says how many visits come after this one, or kManyLeft. For whole warps; every warp that
+// calls it sees the same sequence.
 template <typename Config, typename Visit>
 __device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit) {
+  const int first_mask = block.first_mask(p.op);
   for (int head = block.first_head; head < block.end_head; ++head) {
-    const int64_t mask_index = block.mask_index(p.op, head);
+    const int index = block.mask_index(p.op, head);
+    const HeadMask mask{index, index - first_mask};
+    const int64_t mask_index = index;
     const auto words = [&](int index) {
       if (p.lists.by_column == nullptr) {
         return rows_of_column_tile<Config::kRows, Config::kColumns>(p, block.column_tile).word(index);
@@ -178,7 +187,7 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
     bool partial;
     for (int found = walker.next(&partial); found >= 0; found = walker.next(&partial)) {
       const int tile = found + first / 32 * 32;
-      visit(head, tile < row_words * 32 ? tile : tile - row_words * 32, partial,
+      visit(head, mask, tile < row_words * 32 ? tile : tile - row_words * 32, partial,
             [&] { return head + 1 < block.end_head ? kManyLeft : walker.left(kManyLeft); });
     }
   }

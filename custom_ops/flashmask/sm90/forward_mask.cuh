@@ -10,24 +10,44 @@
 
 namespace flashmask::sm90 {
 
-// The bounds of a lane's two neighbouring columns: with 128 columns, lane `lane` of mask warp `warp` has pair warp * 32
-// + lane of a tile; with 64, both warps have all pairs.
+// How many bounds of a column say which rows are masked. Each form has code of its own: what mask warps do for a tile
+// takes turns at the instruction units with what the consumers do.
+enum class MaskForm {
+  kTwo,    // from lower_start on, and before upper_end
+  kThree,  // from lower_start to lower_end, and before upper_end
+  kFour    // from lower_start to lower_end, and from upper_start to upper_end
+};
+__device__ __forceinline__ MaskForm mask_form(const FlashmaskParams& op) {
+  return op.num_bounds == 4 ? MaskForm::kFour : op.causal && op.num_bounds == 2 ? MaskForm::kThree : MaskForm::kTwo;
+}
+
+// The mask of a lane's two neighbouring columns, as far as its form has bounds: with 128 columns, lane `lane` of mask
+// warp `warp` has pair warp * 32 + lane of a tile; with 64, both warps have all pairs.
 struct ColumnPair {
-  int32_t bounds[2][4];
+  int lower_start[2], lower_end[2], upper_start[2], upper_end[2];
 };
 
+template <MaskForm kForm>
 __device__ __forceinline__ ColumnPair load_bounds(const FlashmaskParams& op, const int32_t* head_bounds,
                                                   int first_column) {
-  ColumnPair pair = {};
+  ColumnPair pair;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const int column = first_column + c;
-    if (column < op.seqlen_k) {
-      const int32_t* source = head_bounds + static_cast<int64_t>(column) * op.num_bounds;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i < op.num_bounds) pair.bounds[c][i] = source[i];
-      }
+    const int column = first_column + c, diagonal = column - (op.seqlen_k - op.seqlen_q);
+    const uint32_t existing = min(column, op.seqlen_k - 1);  // no jump over the loads
+    const int32_t* bounds = head_bounds + existing * static_cast<uint32_t>(op.num_bounds);
+    if constexpr (kForm == MaskForm::kTwo) {
+      pair.lower_start[c] = op.num_bounds > 0 ? bounds[0] : INT32_MAX;
+      pair.upper_end[c] = op.causal ? diagonal : op.num_bounds > 0 ? bounds[1] : 0;
+    } else {
+      pair.lower_start[c] = bounds[0];
+      pair.lower_end[c] = bounds[1];
+      if constexpr (kForm == MaskForm::kFour) pair.upper_start[c] = bounds[2];
+      pair.upper_end[c] = kForm == MaskForm::kFour ? bounds[3] : diagonal;
+    }
+    if (column >= op.seqlen_k) {  // masked everywhere
+      pair.lower_start[c] = 0;
+      pair.lower_end[c] = INT32_MAX;
     }
   }
   return pair;
@@ -38,20 +58,24 @@ __device__ __forceinline__ ColumnPair load_bounds(const FlashmaskParams& op, con
 // consumer's thread wants of four words land side by side (apply_mask). Only for the rows of warpgroups that need it,
 // from the first to the last bit of `partial`: with three or four of them, a tile is often partial for one. Of these
 // rows, `row_share` takes 32 of every kMaskRowShares times 32.
-template <typename Layout>
-__device__ __forceinline__ void write_mask(uint32_t place, const FlashmaskParams& op, const ColumnPair& bounds,
-                                           int row_begin, int column_begin, int pair, int row_share, uint32_t partial) {
+template <typename Layout, MaskForm kForm>
+__device__ __forceinline__ void write_mask(uint32_t place, const ColumnPair& columns, int row_begin, int pair,
+                                           int row_share, uint32_t partial) {
   const uint32_t mine = place + (pair % 4 * Layout::kMaskStride + pair / 4) * 4;
   const int first_row = (__ffs(partial) - 1) * kRowsPerWarpgroup, end_row = (32 - __clz(partial)) * kRowsPerWarpgroup;
 #pragma unroll 1
   for (int first = first_row + row_share * 32; first < end_row; first += 32 * Layout::Config::kMaskRowShares) {
+    const int row = row_begin + first;
     uint32_t bits[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      bits[c] = column_bits(bounds.bounds[c], op.num_bounds, op.causal, column_begin + pair * 2 + c, row_begin + first,
-                            op.seqlen_q, op.seqlen_k);
+      const uint32_t lower = kForm == MaskForm::kTwo ? bits_from(columns.lower_start[c], row)
+                                                     : interval_bits(columns.lower_start[c], columns.lower_end[c], row);
+      const uint32_t upper = kForm == MaskForm::kFour ? interval_bits(columns.upper_start[c], columns.upper_end[c], row)
+                                                      : ~bits_from(columns.upper_end[c], row);
+      bits[c] = lower | upper;
     }
-    const uint32_t group = mine + first / 16 * 4 * Layout::kMaskStride * 4;
+    const uint32_t group = mine + static_cast<uint32_t>(first) / 16 * 4 * Layout::kMaskStride * 4;
     const auto turned = [&](uint32_t word) { return __funnelshift_l(word, word, pair / 4 % 4 + 1); };
     store_shared_32(group, turned(__byte_perm(bits[0], bits[1], 0x5410)));
     store_shared_32(group + 4 * Layout::kMaskStride * 4, turned(__byte_perm(bits[0], bits[1], 0x7632)));

@@ -139,34 +139,51 @@ __device__ __forceinline__ void load_tiles(const KernelParams& p, const ForwardM
   }
 }
 
-template <typename Layout>
-__device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t shared, int warp, int lane) {
+template <typename Layout, MaskForm kForm>
+__device__ __forceinline__ void make_masks_of_form(const KernelParams& p, uint32_t shared, int warp, int lane) {
   using Config = typename Layout::Config;
   Ring<Config::kOrderStages> order_ring;
   Ring<Config::kMaskStages> mask_ring;
+  int batch_head = -1;  // whose bounds these are; to find them takes three divisions, half as long as a tile's masks
+  const int32_t* head_bounds = nullptr;
   while (true) {
     const TileOrder order = read_order<Layout>(shared, &order_ring);
     if (order.flags & kDone) return;
     if (!(order.flags & kAnyPartial)) continue;
-    const int batch = order.batch_head / p.op.heads_q, head = order.batch_head - batch * p.op.heads_q;
-    const int64_t mask_index =
-        static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
+    if (order.batch_head != batch_head) {
+      batch_head = order.batch_head;
+      const int batch = batch_head / p.op.heads_q, head = batch_head - batch * p.op.heads_q;
+      const int64_t mask_index =
+          static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, p.op.heads_q, p.op.heads_mask);
+      head_bounds = p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds;
+    }
     // Asked for before the wait: with one place for masks, consumers would otherwise wait for memory at the second of
     // two partial tiles in a row.
     const int column_begin = order.column_tile * Config::kColumns;
     const bool shares_rows = Config::kMaskRowShares > 1;
     const int pair = (shares_rows ? 0 : warp) * 32 + lane, row_share = shares_rows ? warp : 0;
-    const ColumnPair bounds =
-        load_bounds(p.op, p.op.bounds + mask_index * p.op.seqlen_k * p.op.num_bounds, column_begin + pair * 2);
+    const ColumnPair bounds = load_bounds<kForm>(p.op, head_bounds, column_begin + pair * 2);
     const Barrier empty{shared + Layout::kMaskEmpty + mask_ring.stage * 8};
     empty.wait_warp(mask_ring.parity ^ 1);
     const uint32_t partial = masked_warpgroups(order.flags);
     const int idle = Config::kConsumers - __popc(partial);
     if (Config::kMasksByNeed && warp == 0 && idle > 0) empty.arrive_for_warps(idle * 4);
-    write_mask<Layout>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, p.op, bounds,
-                       order.row_tile * Config::kRows, column_begin, pair, row_share, partial);
+    write_mask<Layout, kForm>(shared + Layout::kMask + mask_ring.stage * Layout::kMaskBytes, bounds,
+                              order.row_tile * Config::kRows, pair, row_share, partial);
     Barrier{shared + Layout::kMaskFull + mask_ring.stage * 8}.arrive_warp();
     mask_ring.advance();
+  }
+}
+
+template <typename Layout>
+__device__ __forceinline__ void make_masks(const KernelParams& p, uint32_t shared, int warp, int lane) {
+  switch (mask_form(p.op)) {
+    case MaskForm::kTwo:
+      return make_masks_of_form<Layout, MaskForm::kTwo>(p, shared, warp, lane);
+    case MaskForm::kThree:
+      return make_masks_of_form<Layout, MaskForm::kThree>(p, shared, warp, lane);
+    case MaskForm::kFour:
+      return make_masks_of_form<Layout, MaskForm::kFour>(p, shared, warp, lane);
   }
 }
 
