@@ -165,9 +165,8 @@ template <typename Config, typename Visit>
 __device__ __forceinline__ void for_each_tile(const KernelParams& p, const BackwardBlock& block, const Visit& visit) {
   const int first_mask = block.first_mask(p.op);
   for (int head = block.first_head; head < block.end_head; ++head) {
-    const int index = block.mask_index(p.op, head);
-    const HeadMask mask{index, index - first_mask};
-    const int64_t mask_index = index;
+    const int64_t mask_index = block.mask_index(p.op, head);
+    const HeadMask mask{static_cast<int>(mask_index), static_cast<int>(mask_index) - first_mask};
     const auto words = [&](int index) {
       if (p.lists.by_column == nullptr) {
         return rows_of_column_tile<Config::kRows, Config::kColumns>(p, block.column_tile).word(index);
