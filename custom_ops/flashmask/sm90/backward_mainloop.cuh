@@ -391,15 +391,16 @@ struct BackwardConsumer {
       wait_gradients_read();
     }
     barriers.v_empty(consumer).arrive_warp();
+    if (!kDeterministic && count > 1) hand_over_dq();  // now, as dS^T of the other keys has to be waited for
     float dq[Layout::kDqGroups][4];
     barriers.ds_full(previous_ds.stage).wait(previous_ds.parity);
     dq_product(dq, previous_ds.stage, key_rows);
-    if (count > 1) {
-      if constexpr (kDeterministic) {
+    if constexpr (kDeterministic) {
+      if (count > 1) {
         wait_for_dq_place();
         store_dq(dq_kept, dq_place);
+        hand_over_dq();
       }
-      hand_over_dq();
     }
     const int batch = step.batch_head / p.op.heads_k, head = step.batch_head % p.op.heads_k;
     // A warp's 16 keys of dV (panel 0) or dK (1) to the buffer that the next dS^T will take.
