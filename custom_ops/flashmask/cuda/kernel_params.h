@@ -52,6 +52,7 @@ struct KernelParams {
   int32_t row_items;
   int32_t key_head_row_items;
   WorkOrder order;
+  int32_t first_with_claim;  // from this row item on, who prepares one gets one to finish, too
   // Deterministic, where there are lists: how many pairs of tiles these say are active, and the same for masks that
   // leave at most so many.
   unsigned long long* active_tiles;

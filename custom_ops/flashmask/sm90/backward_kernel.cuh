@@ -146,6 +146,14 @@ cudaError_t launch_with_row_items(KernelParams p, cudaStream_t stream) {
   };
   p.order = order(p.groups);
   if (p.active_tiles != nullptr) p.sparse_order = order(p.sparse_groups);
+  // So many row items behind what is prepared, all column tiles were handed out, and every block had two since: their
+  // sums are mostly there. With few heads, before.
+  const auto behind = [&](const WorkOrder& order, const HeadGroups& groups) {
+    return order.ahead + static_cast<int64_t>(groups.each) * p.key_head_row_items + 2 * spare;
+  };
+  int64_t first = behind(p.order, p.groups);
+  if (p.active_tiles != nullptr) first = std::max(first, behind(p.sparse_order, p.sparse_groups));
+  p.first_with_claim = static_cast<int32_t>(std::min(first, static_cast<int64_t>(heads_k) * p.key_head_row_items / 2));
   return launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
 }
 

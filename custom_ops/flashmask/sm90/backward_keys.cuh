@@ -102,7 +102,6 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
   Ring<kBoundsBuffers> bounds;
   const auto block = [&](uint32_t number) { return BackwardBlock(p, read_work<kHeadDim>(shared_base, number)); };
   BackwardScheduler<kHeadDim> scheduler{p, shared_base, takes_sparse_schedule(p)};
-  scheduler.take_claim();
   using Layout = BackwardLayout<kHeadDim>;
   constexpr int kPlaces = BackwardConfig<kHeadDim>::kKeyPlaces, kPieces = Layout::kKeyPieces;
   // Pieces of K that have a place while the column tile before is at work: one that is free since that began.

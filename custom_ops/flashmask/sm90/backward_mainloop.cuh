@@ -191,13 +191,13 @@ struct BackwardConsumer {
       if constexpr (Layout::kKeyPieces > 1) wait_for_keys(consumer ^ 1);
     };
     const int key_rows[2] = {key_row(0), key_row(1)};
+    Step step = read_step(base + Layout::kSteps + q.stage * 16);
     wait_for_keys(consumer);
     trace(Event::kKeysHere);
     const auto next_step = [&] {
       barriers.q_full(q.stage).wait(q.parity);
       return read_step(base + Layout::kSteps + q.stage * 16);
     };
-    Step step = next_step();
     bool unseen = false;  // whether it is by these keys
     // In one branch, or the compiler takes it that a warp's lanes may part, here and everywhere.
     const auto move_on = [&] {

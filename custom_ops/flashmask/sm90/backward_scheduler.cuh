@@ -70,29 +70,32 @@ struct BackwardScheduler {
   uint32_t shared_base;
   bool sparse;                      // which schedule
   uint32_t items = 0, columns = 0;  // that were told
-  int claim = 0;                    // the row item that this block is to finish
-  bool has_tickets = true, just_finishes = false;
+  int claim = -1;                   // the row item that this block is to finish; -1: none yet
+  bool has_tickets = true, gets_claim = false;
 
   __device__ __forceinline__ void take_claim() { claim = count_on(p.finish_counter); }
   __device__ __forceinline__ bool has_claim() const {
-    return claim < p.op.batch * p.op.heads_q * static_cast<int>(opaque(p.row_items));
+    return claim >= 0 && claim < p.op.batch * p.op.heads_q * static_cast<int>(opaque(p.row_items));
   }
 
   __device__ __forceinline__ WorkItem finish_claim(bool waits) {
     const WorkItem item{WorkItem::kFinishRows, row_item_place(p, claim), waits};
-    take_claim();
+    claim = -1;
     return item;
   }
   __device__ __forceinline__ WorkItem decide() {
-    // Rows that are ready to be finished come between two tickets, not after each other.
-    const bool finishes = has_tickets && !just_finishes && has_claim() && sums_are_there(p, claim);
-    just_finishes = finishes;
-    if (finishes) return finish_claim(false);
+    // Not when rows to prepare are told: who prepares them need not wait for this answer.
+    if (gets_claim) take_claim();
+    gets_claim = false;
+    if (has_tickets && has_claim() && sums_are_there(p, claim)) return finish_claim(false);
     if (has_tickets) {
       const WorkItem next = item_of_ticket(p, count_on(p.work_counter), sparse);
+      gets_claim =
+          next.kind == WorkItem::kPrepareRows && claim < 0 && row_item_number(p, next.place) >= p.first_with_claim;
       if (next.kind != WorkItem::kNothing) return next;
       has_tickets = false;
     }
+    if (claim < 0) take_claim();
     if (has_claim()) return finish_claim(true);
     return {WorkItem::kNothing, {-1, 0, 0}, false};
   }

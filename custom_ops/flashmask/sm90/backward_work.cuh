@@ -82,9 +82,10 @@ struct WorkItem {
 };
 
 // Up to 128 dims a block takes tickets for column tiles and for rows to prepare, and works on them in ascending order.
-// It always has one row item to finish, too (a claim, in the order of heads), and does that between two tickets as soon
-// as all column tiles of the key head are done, and at the latest when there are no tickets any more; then it gets the
-// next one. Not after each other, while there are tickets: all blocks would move memory at the same time.
+// With a row item to prepare it gets one to finish (a claim, in the order of heads), unless it has one still, and so
+// far behind that the column tiles of that key head are mostly done. Then it follows at once: what it takes to go from
+// column tiles to rows and back is paid once for both. If they are not, it comes between two later tickets. What is not
+// claimed so, is when there are no tickets any more.
 //
 // Nobody waits for ever, whatever order blocks start in and however few run at once. Preparing rows waits for nothing,
 // and a column tile for the rows of its query heads, which have lower tickets (work_order.h). So the lowest
