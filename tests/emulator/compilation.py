@@ -9,12 +9,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FLASHMASK = HERE.parents[1] / "custom_ops" / "flashmask"
 TYPES = {"bf16": ("__nv_bfloat16", "FLASHMASK_BFLOAT16"), "fp16": ("__half", "FLASHMASK_FLOAT16")}
-# So small that heads of the tests' lengths are scheduled in several groups (the cache, and the last group), and that
-# dQ of some rows is added to zeros. And so many tiles are still few that random masks have few.
+# So small that heads of the tests' lengths are scheduled in several groups (the cache, and the last group), that they
+# have several row items, and that dQ of some rows is added to zeros. And so many tiles are still few that random masks
+# have few.
 SMALLER = (
     ("cuda/cuda_backend.cu", "kCacheBudget = 20 << 20;", "kCacheBudget = 64 << 10;"),
     ("cuda/cuda_backend.cu", "kFewTiles = 0.3;", "kFewTiles = 0.7;"),
-    ("sm90/backward_config.cuh", "kFewColumnTiles = 12,", "kFewColumnTiles = 2,"),
+    ("sm90/backward_config.cuh", "kRowTilesPerItem = 16;", "kRowTilesPerItem = 4;"),
+    ("sm90/backward_config.cuh", "kFewMoreColumnTiles = 4,", "kFewMoreColumnTiles = 0,"),
     (
         "cuda/head_groups.h",
         "kRowsOfLastGroup = 128 << 10, kKeysOfLastGroup = 64 << 10;",

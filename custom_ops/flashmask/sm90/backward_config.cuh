@@ -68,10 +68,11 @@ struct BackwardConfig<256> : WideBackwardShape<2> {};
 constexpr int kBoundsBuffers = 2, kWorkSlots = 2;
 // What store_spans() (backward_mask.cuh) writes of the keys of a warpgroup.
 constexpr int kSpansBytes = 32;
-// Row tiles that are prepared or finished at a time: 256 KiB to read and as much to write, or half of that.
-constexpr int kRowTilesPerItem = 8;
-// A row item that so few column tiles see is not given zeros, where there are lists of not more than so many.
-constexpr int kFewColumnTiles = 12, kCountedColumnTiles = 128;
+// Row tiles that are prepared or finished at a time: 512 KiB to read and as much to write, or half of that.
+constexpr int kRowTilesPerItem = 16;
+// A row item is not given zeros where not many more column tiles see it than it has rows for, looked up in lists of so
+// many at most.
+constexpr int kFewMoreColumnTiles = 4, kCountedColumnTiles = 128;
 // Heads are handed out together until they have so many column tiles: a quarter of an H100's blocks.
 constexpr int kColumnTilesOfGroup = 32;
 

@@ -103,13 +103,9 @@ cudaError_t make_backward_maps(const FlashmaskParams& op, BackwardMaps* maps) {
     make(&maps->dk, op.dk, op.seqlen_k, op.heads_k, op.head_dim, 16, kPanelK);
     make(&maps->dv, op.dv, op.seqlen_k, op.heads_k, op.head_dim_v, 16, kPanelK);
   }
-  if (op.seqlen_q == 0) {  // nothing will be read, but a map must not be empty
-    maps->q = maps->dout = maps->out = maps->k;
-  } else {
-    make(&maps->q, op.q, op.seqlen_q, op.heads_q, op.head_dim, Config::kRows, kPanelQ);
-    make(&maps->dout, op.dout, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
-    make(&maps->out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
-  }
+  make(&maps->q, op.q, op.seqlen_q, op.heads_q, op.head_dim, Config::kRows, kPanelQ);
+  make(&maps->dout, op.dout, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
+  make(&maps->out, op.out, op.seqlen_q, op.heads_q, op.head_dim_v, Config::kRows, kPanelQ);
   return status;
 }
 
@@ -137,10 +133,10 @@ cudaError_t launch_with_row_items(KernelParams p, cudaStream_t stream) {
   int blocks = p.column_works + 2 * heads_q * p.row_items;
   const cudaError_t status = limit_to_multiprocessors(&blocks);
   if (status != cudaSuccess) return status;
-  // Rows are prepared as long before their column tiles as every block takes for one of those: nobody waits for them,
-  // and they are in the L2 cache still, if there is room.
+  // Rows are prepared as long before their column tiles as every block takes for two of those, or for a row item where
+  // they are short: nobody waits for them, and they are in the L2 cache still, if there is room.
   const int64_t spare =
-      (static_cast<int64_t>(blocks) * p.key_head_row_items + p.lists.column_tiles - 1) / p.lists.column_tiles;
+      (static_cast<int64_t>(blocks) * 2 * p.key_head_row_items + p.lists.column_tiles - 1) / p.lists.column_tiles;
   const auto order = [&](const HeadGroups& groups) {
     return make_work_order(p.lists.column_tiles, p.key_head_row_items, heads_k, groups, spare);
   };
@@ -149,7 +145,7 @@ cudaError_t launch_with_row_items(KernelParams p, cudaStream_t stream) {
   // So many row items behind what is prepared, all column tiles were handed out, and every block had two since: their
   // sums are mostly there. With few heads, before.
   const auto behind = [&](const WorkOrder& order, const HeadGroups& groups) {
-    return order.ahead + static_cast<int64_t>(groups.each) * p.key_head_row_items + 2 * spare;
+    return order.ahead + static_cast<int64_t>(groups.each) * p.key_head_row_items + spare;
   };
   int64_t first = behind(p.order, p.groups);
   if (p.active_tiles != nullptr) first = std::max(first, behind(p.sparse_order, p.sparse_groups));
@@ -163,7 +159,7 @@ cudaError_t launch_with_row_kernels(const KernelParams& p, cudaStream_t stream) 
   cudaError_t status = launch_prepare_rows<T, kHeadDim>(p, stream);
   int blocks = p.column_works;
   if (status == cudaSuccess) status = limit_to_multiprocessors(&blocks);
-  if (status == cudaSuccess && blocks > 0) status = launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
+  if (status == cudaSuccess) status = launch_backward_kernel<T, kHeadDim>(p, blocks, stream);
   return status == cudaSuccess ? launch_finish_rows<T, kHeadDim>(p, stream) : status;
 }
 
@@ -171,10 +167,11 @@ template <typename T, int kHeadDim>
 cudaError_t launch_backward(const KernelParams& p, int, cudaStream_t stream) {
   const cudaError_t status = cudaMemsetAsync(p.work_counter, 0, p.counters * sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
-  if constexpr (!BackwardConfig<kHeadDim>::kWide) {
-    if (p.column_works > 0) return launch_with_row_items<T, kHeadDim>(p, stream);  // else rows only: dQ is zero
+  if constexpr (BackwardConfig<kHeadDim>::kWide) {
+    return launch_with_row_kernels<T, kHeadDim>(p, stream);
+  } else {
+    return launch_with_row_items<T, kHeadDim>(p, stream);
   }
-  return launch_with_row_kernels<T, kHeadDim>(p, stream);
 }
 
 }  // namespace flashmask::sm90

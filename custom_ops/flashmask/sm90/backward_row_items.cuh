@@ -9,7 +9,6 @@
 #pragma once
 
 #include "../cuda/element.cuh"
-#include "backward_access.cuh"
 #include "backward_work.cuh"
 #include "global_memory.cuh"
 #include "trace.cuh"
@@ -231,6 +230,8 @@ struct RowItem {
         seen_by += (seen & low_bits(kRowTilesPerItem)) != 0;
       }
     }
+    // Under a narrow window it is seen by as many column tiles as its rows would fill, and by those of the window.
+    constexpr int kFewColumnTiles = kRowTilesPerItem * Config::kRows / Config::kColumns + kFewMoreColumnTiles;
     return __reduce_add_sync(kAllLanes, seen_by) > kFewColumnTiles;
   }
   // Word i of the result is words[(i - by) % 4].
