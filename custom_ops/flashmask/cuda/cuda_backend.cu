@@ -82,9 +82,7 @@ std::string missing_kernels(const FlashmaskParams& op) {
          dims + "} on this device, got " + std::to_string(op.head_dim) + " and " + std::to_string(op.head_dim_v);
 }
 
-bool needs_lists(const FlashmaskParams& op) {
-  return (op.num_bounds > 0 || op.block_mask != nullptr) && op.seqlen_q > 0 && op.seqlen_k > 0;
-}
+bool needs_lists(const FlashmaskParams& op) { return op.num_bounds > 0 || op.block_mask != nullptr; }
 
 void set_shape(const TileShape& shape, KernelParams* p) {
   TileLists& lists = p->lists;
@@ -331,7 +329,6 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   KernelParams p = common_params(op);
   status = check_workspace(op, plan_forward(kernel->shape(device.shared_limit), op.workspace, &p), error);
   if (status != FLASHMASK_OK) return status;
-  if (op.batch == 0 || op.heads_q == 0 || op.seqlen_q == 0) return FLASHMASK_OK;
 
   const int64_t group = op.heads_q / op.heads_k;
   const int64_t bytes = static_cast<int64_t>(op.seqlen_k) * (op.head_dim + op.head_dim_v) * 2 / group;
@@ -363,7 +360,6 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   const TileShape shape = kernel->shape(device.shared_limit);
   status = check_workspace(op, plan_backward(shape, kernel->head_dim, op.workspace, &p), error);
   if (status != FLASHMASK_OK) return status;
-  if (op.batch == 0 || op.heads_q == 0) return FLASHMASK_OK;
 
   const int64_t query_head_bytes = backward_row_bytes(op, kernel->head_dim) * op.seqlen_q;
   const int64_t bytes = query_head_bytes * (op.heads_q / op.heads_k);

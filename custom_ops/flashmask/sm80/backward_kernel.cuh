@@ -455,7 +455,6 @@ cudaError_t launch_backward_kernel(const KernelParams& p, cudaStream_t stream) {
       p.op.dropout > 0 ? backward_kernel<T, kHeadDim, true, Config> : backward_kernel<T, kHeadDim, false, Config>;
   constexpr int kShared = BackwardLayout<kHeadDim, Config>::kBytes;
   const int blocks = p.lists.column_tiles * p.op.batch * p.op.heads_k;
-  if (blocks == 0) return cudaSuccess;
   return launch_kernel(kernel, blocks, Config::kThreads, kShared, stream, p);
 }
 

@@ -95,14 +95,12 @@ __global__ void __launch_bounds__(256) finish_rows_kernel(const __grid_constant_
 template <typename T, int kHeadDim>
 cudaError_t launch_prepare_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t blocks = static_cast<int64_t>(p.op.batch) * p.op.heads_q * (p.padded_rows / kRowsPerBlock);
-  if (blocks == 0) return cudaSuccess;
   return launch_kernel(prepare_rows_kernel<T, kHeadDim>, static_cast<unsigned>(blocks), 256, 0, stream, p);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_finish_rows(const KernelParams& p, cudaStream_t stream) {
   const int64_t items = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows / 16 * kHeadDim;
-  if (items == 0) return cudaSuccess;
   return launch_kernel(finish_rows_kernel<T, kHeadDim>, static_cast<unsigned>((items + 255) / 256), 256, 0, stream, p);
 }
 

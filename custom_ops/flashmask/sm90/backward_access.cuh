@@ -6,7 +6,7 @@
 
 namespace flashmask::sm90 {
 
-constexpr int kTurnBarrier = 4;  // named barriers: "it is this warpgroup's turn", one each
+constexpr int kBackwardTurnBarrier = 4;  // named barriers: "it is this warpgroup's turn", one each
 
 __device__ __forceinline__ Step read_step(uint32_t address) {
   const uint4 words = load_shared_128(address);

@@ -151,8 +151,10 @@ struct BackwardConsumer {
     }
   }
 
-  __device__ __forceinline__ void begin_turn() { named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup); }
-  __device__ __forceinline__ void end_turn() { named_barrier_arrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup); }
+  __device__ __forceinline__ void begin_turn() { named_barrier_sync(kBackwardTurnBarrier + consumer, 2 * kWarpgroup); }
+  __device__ __forceinline__ void end_turn() {
+    named_barrier_arrive(kBackwardTurnBarrier + (consumer ^ 1), 2 * kWarpgroup);
+  }
 
   // A column tile, whose first step has come.
   __device__ __forceinline__ void run_tile(const KernelParams& p, const BackwardMaps& maps) {

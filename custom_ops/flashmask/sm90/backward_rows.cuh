@@ -1,6 +1,5 @@
-// What the backward pass does per query row: before (delta, lse; zeroed dQ unless that is
-// done meanwhile) and after (sums of dQ, scaled, to their
-// storage type). Above 128 dims, or where there are no keys; else backward_row_items.cuh.
+// What the backward pass above 128 dims does per query row, in kernels before (delta, lse; zeroed dQ unless that is
+// done meanwhile) and after (sums of dQ, scaled, to their storage type). Up to 128 dims: backward_row_items.cuh.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -12,25 +11,20 @@ namespace flashmask::sm90 {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowsPerThread = 4;  // to prepare: their loads are in flight together
+constexpr int kRowLanes = 32;      // 16 bytes of out and dout each
 constexpr int kSlabRows = 16;      // of a warp's fragments
-
-// Lanes of a row, 16 bytes of out and dout each; a power of two.
-template <int kHeadDim>
-constexpr int kRowLanes = kHeadDim <= 64    ? 8
-                          : kHeadDim <= 128 ? 16
-                                            : 32;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_constant__ KernelParams p) {
-  constexpr int kLanes = kRowLanes<kHeadDim>;
-  constexpr int kTogether = kRowThreads / kLanes;  // rows
+  static_assert(kHeadDim <= kRowLanes * 8);
+  constexpr int kTogether = kRowThreads / kRowLanes;  // rows
   constexpr int kRowsPerBlock = kTogether * kRowsPerThread;
   const FlashmaskParams& op = p.op;
   const int blocks_per_head = p.padded_rows / kRowsPerBlock;
   const int batch_head = blockIdx.x / blocks_per_head;
   const int batch = batch_head / op.heads_q, head = batch_head - batch * op.heads_q;
   const int first_row = (blockIdx.x - batch_head * blocks_per_head) * kRowsPerBlock;
-  const int thread_row = first_row + threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
+  const int thread_row = first_row + threadIdx.x / kRowLanes, column = threadIdx.x % kRowLanes * 8;
 
   uint4 out[kRowsPerThread], dout[kRowsPerThread];
 #pragma unroll
@@ -61,7 +55,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
       delta += x.x * y.x + x.y * y.y;
     }
 #pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(kAllLanes, delta, distance);
+    for (int distance = kRowLanes / 2; distance > 0; distance /= 2)
+      delta += __shfl_xor_sync(kAllLanes, delta, distance);
     if (column == 0) {
       // +inf turns every weight of the row into an exact zero.
       float lse = CUDART_INF_F;
@@ -80,15 +75,14 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
 // time, and with kAhead, which takes registers, the next ones are on their way while these leave.
 template <typename T, int kHeadDim, bool kAhead>
 __device__ __forceinline__ void finish_slab(const KernelParams& p, int batch_head, int slab) {
-  using Layout = BackwardLayout<kHeadDim>;
-  using Config = typename Layout::Config;
+  using Config = BackwardConfig<kHeadDim>;
+  static_assert(Config::kWide && Config::kRows == kSlabRows * 4);
   constexpr int kGroups = kHeadDim / 8, kTogether = 4;
   static_assert(kGroups % kTogether == 0);
   const int lane = threadIdx.x % 32, warp = slab % 4, tile = slab / (Config::kRows / kSlabRows);
-  const int part = Config::kSplitsDims ? 0 : slab / 4 % Config::kConsumers;
   const float* sums = p.dq_accumulator +
                       (static_cast<int64_t>(batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
-                      part * Layout::kDqPartFloats + (warp * 32 + lane) * 4;
+                      (warp * 32 + lane) * 4;
   float4 fragments[kTogether];
   const auto load = [&](int group) {
 #pragma unroll
@@ -136,10 +130,8 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
 
 template <typename T, int kHeadDim>
 cudaError_t launch_prepare_rows(const KernelParams& p, cudaStream_t stream) {
-  const int64_t lanes = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows * kRowLanes<kHeadDim>;
-  if (lanes == 0) return cudaSuccess;
-  static_assert(128 % (kRowsPerThread * kRowThreads / kRowLanes<kHeadDim>) ==
-                0);  // of which padded rows are a multiple
+  const int64_t lanes = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.padded_rows * kRowLanes;
+  static_assert(128 % (kRowsPerThread * kRowThreads / kRowLanes) == 0);  // of which padded rows are a multiple
   return launch_kernel(prepare_rows_kernel<T, kHeadDim>, static_cast<unsigned>(lanes / kRowThreads / kRowsPerThread),
                        kRowThreads, 0, stream, p);
 }
@@ -148,7 +140,6 @@ template <typename T, int kHeadDim>
 cudaError_t launch_finish_rows(const KernelParams& p, cudaStream_t stream) {
   constexpr int kSlabs = BackwardConfig<kHeadDim>::kRows / kSlabRows, kWarps = kRowThreads / 32;
   const int64_t slabs = static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles * kSlabs;
-  if (slabs == 0) return cudaSuccess;
   return launch_kernel(finish_rows_kernel<T, kHeadDim>, static_cast<unsigned>((slabs + kWarps - 1) / kWarps),
                        kRowThreads, 0, stream, p);
 }

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "backward_rows.cuh"
-#include "backward_scheduler.cuh"
+#include "backward_work.cuh"
 #include "global_memory.cuh"
 
 namespace flashmask::sm90 {

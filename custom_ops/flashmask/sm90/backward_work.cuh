@@ -7,7 +7,7 @@
 
 #include "../cuda/element.cuh"
 #include "../cuda/tile_lists.cuh"
-#include "backward_access.cuh"
+#include "backward_config.cuh"
 #include "tma.cuh"
 
 namespace flashmask::sm90 {
@@ -62,7 +62,8 @@ __device__ __forceinline__ int32_t* sums_state(const KernelParams& p, int64_t ro
 // and finish rows meanwhile (backward_wide_rows.cuh).
 template <int kHeadDim>
 __device__ __forceinline__ bool has_rows_meanwhile(const KernelParams& p) {
-  return BackwardConfig<kHeadDim>::kWide && p.turns == nullptr && p.column_works > 0;
+  static_assert(BackwardConfig<kHeadDim>::kWide);
+  return p.turns == nullptr;
 }
 
 // Counts on for a whole warp; returns what was there before.

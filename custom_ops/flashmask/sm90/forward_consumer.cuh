@@ -18,7 +18,7 @@
 namespace flashmask::sm90 {
 
 // Named barriers: 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;  // one for each consumer warpgroup
+constexpr int kForwardTurnBarrier = 1;  // one for each consumer warpgroup
 
 // Whose turn it is to issue products.
 template <int kConsumers, bool kTakesTurns>
@@ -29,12 +29,12 @@ struct Turn {
   }
   __device__ __forceinline__ void wait() const {
     if (!kTakesTurns) return;
-    named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
+    named_barrier_sync(kForwardTurnBarrier + warpgroup, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void pass() const {
     if (!kTakesTurns) return;
     const int next = warpgroup + 1 == kConsumers ? 0 : warpgroup + 1;
-    named_barrier_arrive(kTurnBarrier + next, 2 * kWarpgroup);
+    named_barrier_arrive(kForwardTurnBarrier + next, 2 * kWarpgroup);
   }
 };
 

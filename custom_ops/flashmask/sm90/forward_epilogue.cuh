@@ -6,7 +6,6 @@
 #include "barrier.cuh"
 #include "forward_config.h"
 #include "forward_producer.cuh"
-#include "global_memory.cuh"
 #include "softmax.cuh"
 #include "store_matrix.cuh"
 #include "store_rows.cuh"

@@ -93,7 +93,7 @@ template <typename T, int kHeadDim>
 cudaError_t launch_forward(const KernelParams& p, int, cudaStream_t stream) {
   if constexpr (kHasUnmasked<kHeadDim>) {
     const FlashmaskParams& op = p.op;
-    if (op.num_bounds == 0 && op.block_mask == nullptr && !op.causal && op.seqlen_k > 0) {
+    if (op.num_bounds == 0 && op.block_mask == nullptr && !op.causal) {
       return launch_forward_of<T, ForwardLayout<kHeadDim, UnmaskedConfig<kHeadDim>>>(p, stream);
     }
   }
