@@ -56,12 +56,14 @@ def flashmask_attention(
 ) -> Any:
     """Attention, `softmax(softmax_scale * Q K^T + mask) V`, under a mask of up to two row intervals per key.
 
-    FlashMask: Wang et al., arXiv 2410.01359. Memory is linear in the sequence lengths. Tiles of the score matrix that
-    are masked as a whole are skipped. A query that sees no key gets output 0, `lse` -inf and zero gradients.
+    FlashMask: Wang et al., arXiv 2410.01359. Memory is linear in the sequence lengths, but for 2 bits per pair of tiles
+    (of 64 rows and columns or more) on a GPU while a masked call runs. Tiles of the score matrix that are masked as a
+    whole are skipped. A query that sees no key gets output 0, `lse` -inf and zero gradients. `key` and `value` must be
+    finite also where no query sees them: as under a dense mask, a weight of zero times NaN is NaN.
 
-    Differentiable in query, key and value, once; `softmax_lse` and the mask carry no gradient. Works in dynamic mode,
-    under `paddle.jit.to_static`, in static programs and under recompute. Where `paddle.amp.auto_cast` is on, the inputs
-    are cast as those of Paddle's `flash_attn` (an op of the white list).
+    Differentiable in query, key and value, once: a second derivative raises ValueError. `softmax_lse` and the mask
+    carry no gradient. Works in dynamic mode, under `paddle.jit.to_static`, in static programs and under recompute.
+    Where `paddle.amp.auto_cast` is on, the inputs are cast as those of Paddle's `flash_attn` (an op of the white list).
 
     Args:
         query: `[batch, seqlen_q, heads_q, head_dim]`, float32, bfloat16 or float16; on a GPU the latter two. head_dim

@@ -187,6 +187,26 @@ std::vector<paddle::DataType> BackwardDtypes(const paddle::DataType& query, cons
   return {query, key, value};
 }
 
+// Without an op for them Paddle takes second derivatives to be zero, and says nothing.
+std::vector<paddle::Tensor> RefuseSecondDerivative(const paddle::Tensor&, const paddle::Tensor&, const paddle::Tensor&,
+                                                   const paddle::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                   const OptionalTensor&, bool, float, float, bool) {
+  expect(false,
+         "second derivatives are not implemented: differentiate with create_graph=False, or use dense attention");
+  return {};
+}
+
+std::vector<Shape> SecondShapes(const Shape& query, const Shape& key, const Shape& value, const Shape& out_grad,
+                                const OptionalShape&, const OptionalShape&, const OptionalShape&) {
+  return {query, key, value, out_grad};
+}
+
+std::vector<paddle::DataType> SecondDtypes(const paddle::DataType& query, const paddle::DataType& key,
+                                           const paddle::DataType& value, const paddle::DataType& out_grad,
+                                           const OptionalDtype&, const OptionalDtype&, const OptionalDtype&) {
+  return {query, key, value, out_grad};
+}
+
 }  // namespace flashmask_paddle
 
 PD_BUILD_OP(paddle_flashmask_attention)
@@ -207,3 +227,13 @@ PD_BUILD_GRAD_OP(paddle_flashmask_attention)
     .SetKernelFn(PD_KERNEL(flashmask_paddle::Backward))
     .SetInferShapeFn(PD_INFER_SHAPE(flashmask_paddle::BackwardShapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(flashmask_paddle::BackwardDtypes));
+
+PD_BUILD_DOUBLE_GRAD_OP(paddle_flashmask_attention)
+    .Inputs({"query", "key", "value", paddle::Grad("out"), paddle::Optional(paddle::Grad(paddle::Grad("query"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("key"))),
+             paddle::Optional(paddle::Grad(paddle::Grad("value")))})
+    .Outputs({paddle::Grad("query"), paddle::Grad("key"), paddle::Grad("value"), paddle::Grad(paddle::Grad("out"))})
+    .Attrs({"causal: bool", "softmax_scale: float", "dropout: float", "deterministic: bool"})
+    .SetKernelFn(PD_KERNEL(flashmask_paddle::RefuseSecondDerivative))
+    .SetInferShapeFn(PD_INFER_SHAPE(flashmask_paddle::SecondShapes))
+    .SetInferDtypeFn(PD_INFER_DTYPE(flashmask_paddle::SecondDtypes));
