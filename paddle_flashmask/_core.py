@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 ABI_VERSION = 1
+INT32_MAX = 2**31 - 1
 
 CPU, CUDA = 0, 1
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -154,11 +156,26 @@ class Library:
         seqlen_q: int,
         seqlen_k: int,
     ) -> tuple[npt.NDArray[np.bool_], float]:
-        """(keep, factor): which scores of a head are kept, bool `[seqlen_q, seqlen_k]`, and what they are scaled by."""
+        """(keep, factor): which scores of a head are kept, bool `[seqlen_q, seqlen_k]`, and what they are scaled by.
+
+        Raises:
+            ValueError: a bad argument.
+        """
+        numbers = {
+            "batch_index": batch_index,
+            "head_index": head_index,
+            "heads_q": heads_q,
+            "seqlen_q": seqlen_q,
+            "seqlen_k": seqlen_k,
+        }
+        for name, number in numbers.items():
+            # ctypes would drop the upper bits of a larger one, and the array below can have no negative length.
+            if not 0 <= number <= INT32_MAX:
+                raise ValueError(f"{name}: expected a number from 0 to {INT32_MAX}, got {number}")
         keep = np.empty((seqlen_q, seqlen_k), np.uint8)
-        factor = self._library.flashmask_dropout_keep_mask(
-            dropout, seed, offset, batch_index, head_index, heads_q, seqlen_q, seqlen_k, keep.ctypes.data
-        )
+        factor = self._library.flashmask_dropout_keep_mask(dropout, seed, offset, *numbers.values(), keep.ctypes.data)
+        if math.isnan(factor):
+            raise ValueError(self._error())
         return keep.astype(bool), float(factor)
 
     def _error(self) -> str:

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <limits>
 #include <new>
 #include <string>
 
@@ -26,20 +27,48 @@ __attribute__((format(printf, 1, 2))) FlashmaskStatus invalid(const char* format
   return FLASHMASK_INVALID_ARGUMENT;
 }
 
+struct NamedNumber {
+  const char* name;
+  int32_t value;
+};
+
+template <size_t kCount>
+FlashmaskStatus check_positive(const NamedNumber (&numbers)[kCount]) {
+  for (const NamedNumber& number : numbers) {
+    if (number.value < 1) return invalid("%s: expected at least 1, got %d", number.name, number.value);
+  }
+  return FLASHMASK_OK;
+}
+
+// Row indices are 32-bit and tiles look one tile ahead; batch * heads numbers the counters of dropout.
+FlashmaskStatus check_largest(const char* name_of_heads, int64_t heads, int32_t seqlen_q, int32_t seqlen_k) {
+  constexpr int32_t kLongest = INT32_MAX - 1024;
+  if (seqlen_q > kLongest) return invalid("seqlen_q: expected at most %d, got %d", kLongest, seqlen_q);
+  if (seqlen_k > kLongest) return invalid("seqlen_k: expected at most %d, got %d", kLongest, seqlen_k);
+  if (heads > INT32_MAX) {
+    return invalid("%s: expected at most %d, got %lld", name_of_heads, INT32_MAX, static_cast<long long>(heads));
+  }
+  return FLASHMASK_OK;
+}
+
+FlashmaskStatus check_dropout(float dropout) {
+  if (dropout >= 0.0f && dropout <= 1.0f) return FLASHMASK_OK;
+  return invalid("dropout: expected a probability, got %g", dropout);
+}
+
 FlashmaskStatus check_shapes(const FlashmaskParams& p) {
   if (p.abi_version != FLASHMASK_ABI_VERSION) {
     return invalid("abi_version: expected %d, got %d", FLASHMASK_ABI_VERSION, p.abi_version);
   }
   if (p.device != FLASHMASK_CPU && p.device != FLASHMASK_CUDA) return invalid("device: got %d", p.device);
   if (p.dtype < FLASHMASK_FLOAT32 || p.dtype > FLASHMASK_FLOAT16) return invalid("dtype: got %d", p.dtype);
-  const struct {
-    const char* name;
-    int32_t value;
-  } positive[] = {{"batch", p.batch},           {"heads_q", p.heads_q},   {"heads_k", p.heads_k},
-                  {"heads_mask", p.heads_mask}, {"seqlen_q", p.seqlen_q}, {"seqlen_k", p.seqlen_k}};
-  for (const auto& field : positive) {
-    if (field.value < 1) return invalid("%s: expected at least 1, got %d", field.name, field.value);
-  }
+  FlashmaskStatus status = check_positive({{"batch", p.batch},
+                                           {"heads_q", p.heads_q},
+                                           {"heads_k", p.heads_k},
+                                           {"heads_mask", p.heads_mask},
+                                           {"seqlen_q", p.seqlen_q},
+                                           {"seqlen_k", p.seqlen_k}});
+  if (status != FLASHMASK_OK) return status;
   if (p.heads_q % p.heads_k != 0) {
     return invalid("heads_q: expected a multiple of heads_k (%d), got %d", p.heads_k, p.heads_q);
   }
@@ -57,14 +86,35 @@ FlashmaskStatus check_shapes(const FlashmaskParams& p) {
     return invalid("num_bounds: expected %s, got %d", causal ? "0, 1 or 2 with causal" : "0, 2 or 4 without causal",
                    p.num_bounds);
   }
-  // Row indices are 32-bit and tiles look one tile ahead; batch * heads numbers the counters of dropout.
-  if (p.seqlen_q > INT32_MAX - 1024 || p.seqlen_k > INT32_MAX - 1024) return invalid("seqlen: too long");
-  if (static_cast<int64_t>(p.batch) * p.heads_q > INT32_MAX) return invalid("batch * heads_q: too many heads");
+  if ((p.flags & ~FLASHMASK_FLAG_NO_SKIP) != 0) {
+    return invalid("flags: expected no bits but FLASHMASK_FLAG_NO_SKIP (%d), got 0x%x", FLASHMASK_FLAG_NO_SKIP,
+                   static_cast<unsigned>(p.flags));
+  }
+  status = check_largest("batch * heads_q", static_cast<int64_t>(p.batch) * p.heads_q, p.seqlen_q, p.seqlen_k);
+  if (status != FLASHMASK_OK) return status;
   if (!std::isfinite(p.softmax_scale)) return invalid("softmax_scale: expected a finite number");
-  if (!(p.dropout >= 0.0f && p.dropout <= 1.0f)) return invalid("dropout: expected a probability, got %g", p.dropout);
+  status = check_dropout(p.dropout);
+  if (status != FLASHMASK_OK) return status;
   if (p.num_threads < 0) return invalid("num_threads: expected 0 or more, got %d", p.num_threads);
   if (p.cpu_isa < FLASHMASK_ISA_AUTO || p.cpu_isa > FLASHMASK_ISA_AVX512) return invalid("cpu_isa: got %d", p.cpu_isa);
   return FLASHMASK_OK;
+}
+
+FlashmaskStatus check_keep_mask(float dropout, int32_t batch_index, int32_t head_index, int32_t heads_q,
+                                int32_t seqlen_q, int32_t seqlen_k, const uint8_t* keep) {
+  FlashmaskStatus status = check_dropout(dropout);
+  if (status != FLASHMASK_OK) return status;
+  status = check_positive({{"heads_q", heads_q}, {"seqlen_q", seqlen_q}, {"seqlen_k", seqlen_k}});
+  if (status != FLASHMASK_OK) return status;
+  if (batch_index < 0) return invalid("batch_index: expected 0 or more, got %d", batch_index);
+  if (head_index < 0 || head_index >= heads_q) {
+    return invalid("head_index: expected 0 or more and less than heads_q (%d), got %d", heads_q, head_index);
+  }
+  // Of the smallest batch that has this index.
+  const int64_t heads = (int64_t{batch_index} + 1) * heads_q;
+  status = check_largest("(batch_index + 1) * heads_q", heads, seqlen_q, seqlen_k);
+  if (status != FLASHMASK_OK) return status;
+  return keep == nullptr ? invalid("keep: null pointer") : FLASHMASK_OK;
 }
 
 FlashmaskStatus check_pointers(const FlashmaskParams& p, bool backward, int64_t workspace_bytes) {
@@ -159,9 +209,7 @@ const char* flashmask_kernel_name(const FlashmaskParams* params, [[maybe_unused]
   }
   if (check_shapes(*params) != FLASHMASK_OK) return nullptr;
   if (params->device == FLASHMASK_CPU) {
-    static const char* const kNames[] = {"auto", "portable", "avx2", "avx512"};
-    name = std::string("cpu ") +
-           (params->cpu_isa == FLASHMASK_ISA_AUTO ? flashmask::cpu_best_isa() : kNames[params->cpu_isa]);
+    if (flashmask::cpu_kernel_name(*params, &name, &last_error) != FLASHMASK_OK) return nullptr;
     return name.c_str();
   }
 #if defined(FLASHMASK_WITH_CUDA)
@@ -178,6 +226,9 @@ FlashmaskStatus flashmask_backward(const FlashmaskParams* params) { return run(p
 
 float flashmask_dropout_keep_mask(float dropout, int64_t seed, int64_t offset, int32_t batch_index, int32_t head_index,
                                   int32_t heads_q, int32_t seqlen_q, int32_t seqlen_k, uint8_t* keep) {
+  if (check_keep_mask(dropout, batch_index, head_index, heads_q, seqlen_q, seqlen_k, keep) != FLASHMASK_OK) {
+    return std::numeric_limits<float>::quiet_NaN();
+  }
   const uint32_t threshold = flashmask::dropout_keep_threshold(dropout);
   const flashmask::DropoutKey key(seed, offset);
   for (int32_t i = 0; i < seqlen_q; ++i) {

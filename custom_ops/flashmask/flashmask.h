@@ -52,7 +52,8 @@ typedef enum FlashmaskCpuIsa {
   FLASHMASK_ISA_AVX512 = 3,
 } FlashmaskCpuIsa;
 
-// Compute every tile and mask it element by element. Slow; the result must equal the default's to the bit.
+// Compute every tile and mask it element by element. Slow; the result must equal the default's to the bit where q, k, v
+// and dout are finite.
 #define FLASHMASK_FLAG_NO_SKIP 1
 
 // A four-dimensional operand. Strides count elements; the last axis is contiguous.
@@ -80,7 +81,7 @@ typedef struct FlashmaskParams {
   int32_t causal;         // also mask rows i < j - (seqlen_k - seqlen_q)
   int32_t num_bounds;     // 0 (bounds is null), 1 or 2 with causal, 2 or 4 without
   int32_t deterministic;  // ask for a bitwise repeatable backward pass (the CPU's always is)
-  int32_t flags;          // FLASHMASK_FLAG_*
+  int32_t flags;          // FLASHMASK_FLAG_*; other bits are refused
 
   float softmax_scale;
   float dropout;  // probability of dropping, in [0, 1]
@@ -116,15 +117,16 @@ FLASHMASK_API int64_t flashmask_forward_workspace_bytes(const FlashmaskParams* p
 FLASHMASK_API int64_t flashmask_backward_workspace_bytes(const FlashmaskParams* params);
 
 // Which kernels a call with these parameters runs on this machine (CUDA: on the current device), such as "cpu avx512",
-// "cuda sm90 d128"; of the backward pass if `backward`. Null if none; flashmask_last_error() says why. Valid until the
-// next call of this thread.
+// "cuda sm90 d128"; of the backward pass if `backward`. Null if none, as where the processor lacks the instruction set
+// asked for; flashmask_last_error() says why. Valid until the next call of this thread.
 FLASHMASK_API const char* flashmask_kernel_name(const FlashmaskParams* params, int32_t backward);
 
 FLASHMASK_API FlashmaskStatus flashmask_forward(const FlashmaskParams* params);
 FLASHMASK_API FlashmaskStatus flashmask_backward(const FlashmaskParams* params);
 
 // The dropout decisions of rows [0, seqlen_q) x columns [0, seqlen_k) of one head: keep[i * seqlen_k + j] is 1 or 0.
-// For tests and for reproducing a run elsewhere. Returns the factor that kept probabilities are multiplied with.
+// For tests and for reproducing a run elsewhere. Returns the factor that kept probabilities are multiplied with; NaN on
+// bad arguments, of which flashmask_last_error() names one, and then nothing is written.
 FLASHMASK_API float flashmask_dropout_keep_mask(float dropout, int64_t seed, int64_t offset, int32_t batch_index,
                                                 int32_t head_index, int32_t heads_q, int32_t seqlen_q, int32_t seqlen_k,
                                                 uint8_t* keep);

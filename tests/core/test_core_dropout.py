@@ -44,6 +44,26 @@ def test_the_share_that_is_kept():
     assert factor == pytest.approx(1.25, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("position", "name", "value"),
+    [
+        (0, "dropout", 1.5),
+        (0, "dropout", float("nan")),
+        (3, "batch_index", -1),
+        (4, "head_index", 2),
+        (4, "head_index", 2**32),  # 0 in 32 bits
+        (5, "heads_q", 0),
+        (6, "seqlen_q", -3),
+        (7, "seqlen_k", 0),
+    ],
+)
+def test_bad_arguments_of_the_keep_mask(position, name, value):
+    arguments = [0.5, 1, 2, 0, 0, 2, 16, 16]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        _core.load_library().dropout_keep_mask(*arguments)
+
+
 def test_skipping_and_threads_change_no_bit():
     bounds = reference.random_intervals(np.random.default_rng(2), 1, 2, 300, 300, 1)
     case = AttentionCase(1, 300, 300, 2, 2, 16, bounds=bounds, causal=True, dropout=0.4)

@@ -52,6 +52,20 @@ def test_kernel_name():
         library.kernel_name(params)
 
 
+def test_no_kernel_name_for_what_the_machine_lacks():
+    library = _core.load_library()
+    names = list(_core.ISA)  # from the least to the best
+    lacking = names[names.index(library.cpu_isa()) + 1 :]
+    if not lacking:
+        pytest.skip(f"this machine has every instruction set, up to {library.cpu_isa()}")
+    params, _arrays = good_params()
+    for isa in lacking:
+        params.cpu_isa = _core.ISA[isa]
+        for call in (library.kernel_name, library.forward, library.backward):
+            with pytest.raises(NotImplementedError, match=f"cpu_isa: .* goes up to {library.cpu_isa()}"):
+                call(params)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -70,6 +84,12 @@ def test_kernel_name():
         ("head_dim_v", 0),
         ("num_bounds", 1),
         ("num_bounds", 3),
+        ("flags", 2),
+        ("flags", 0xFE),
+        ("flags", -1),
+        ("seqlen_q", 2**31 - 1),
+        ("seqlen_k", 2**31 - 1),
+        ("batch", 2**30),  # times heads_q, more than 32 bits count
         ("softmax_scale", float("nan")),
         ("softmax_scale", float("inf")),
         ("dropout", -0.1),
@@ -141,3 +161,48 @@ def test_null_params():
     raw = ctypes.CDLL(str(_core.load_library().path))
     assert raw.flashmask_forward(None) == 1
     assert raw.flashmask_backward(None) == 1
+
+
+def keep_mask(address: int | None, **changed: float) -> tuple[float, str]:
+    """What the C entry point returns, without the checks in Python, and the last error."""
+    raw = ctypes.CDLL(str(_core.load_library().path))
+    function, last_error = raw.flashmask_dropout_keep_mask, raw.flashmask_last_error
+    function.restype, last_error.restype = ctypes.c_float, ctypes.c_char_p
+    function.argtypes = [ctypes.c_float, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_int32] * 5, ctypes.c_void_p]
+    good = {"dropout": 0.5, "batch_index": 1, "head_index": 2, "heads_q": 3, "seqlen_q": 4, "seqlen_k": 5}
+    dropout, *numbers = (good | changed).values()
+    return function(dropout, 42, 7, *numbers, address), last_error().decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dropout", 1.5),
+        ("dropout", -1.0),
+        ("dropout", float("nan")),
+        ("batch_index", -1),
+        ("batch_index", 2**30),  # times heads_q, more than 32 bits count
+        ("head_index", -1),
+        ("head_index", 3),
+        ("heads_q", 0),
+        ("seqlen_q", 0),
+        ("seqlen_k", -1),
+        ("seqlen_q", 2**31 - 1),
+        ("seqlen_k", 2**31 - 1),
+    ],
+)
+def test_bad_values_of_the_keep_mask(name, value):
+    keep = np.full((4, 5), 7, np.uint8)
+    factor, error = keep_mask(keep.ctypes.data, **{name: value})
+    assert np.isnan(factor)
+    assert name in error
+    assert (keep == 7).all(), "something was written"
+
+
+def test_null_keep_mask():
+    keep = np.full((4, 5), 7, np.uint8)
+    assert keep_mask(keep.ctypes.data)[0] == 2.0
+    assert (keep < 2).all()
+    factor, error = keep_mask(None)
+    assert np.isnan(factor)
+    assert error == "keep: null pointer"

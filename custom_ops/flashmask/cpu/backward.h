@@ -128,8 +128,8 @@ static void backward_tile_pair(const CpuPlan& plan, const BackwardBuffers& buffe
   const int last_vector = (last + kLanes - 1) / kLanes * kLanes;
   const int64_t statistics = ((int64_t)batch * p.heads_q + head) * p.seqlen_q + row;
 
-  load_rows<T>(p.q, batch, head, row, rows, p.head_dim, padded_dim, 1.0f, s.q, s.ld_qk);
-  load_rows<T>(p.dout, batch, head, row, rows, p.head_dim_v, padded_dim_v, 1.0f, s.dout, s.ld_v);
+  load_rows<T>(p.q, batch, head, row, rows, p.head_dim, padded_dim, s.q, s.ld_qk);
+  load_rows<T>(p.dout, batch, head, row, rows, p.head_dim_v, padded_dim_v, s.dout, s.ld_v);
   gemm<Layout::kRowMajor, Store::kOverwrite>(rows, last_vector, p.head_dim, s.q, s.ld_qk, s.k_transposed, s.ld_columns,
                                              s.probabilities, s.ld_columns, row_columns);
   gemm<Layout::kRowMajor, Store::kOverwrite>(rows, last_vector, p.head_dim_v, s.dout, s.ld_v, s.v_transposed,
@@ -185,8 +185,8 @@ static void backward_column_tile(const CpuPlan& plan, const BackwardBuffers& buf
         tile_class = summary.classify(row, min_int(row + kBackwardTileRows, p.seqlen_q));
       }
       if (!have_columns) {
-        load_rows<T>(p.k, batch, head_k, column, columns, p.head_dim, padded_dim, 1.0f, s.k, s.ld_qk);
-        load_rows<T>(p.v, batch, head_k, column, columns, p.head_dim_v, padded_dim_v, 1.0f, s.v, s.ld_v);
+        load_rows<T>(p.k, batch, head_k, column, columns, p.head_dim, padded_dim, s.k, s.ld_qk);
+        load_rows<T>(p.v, batch, head_k, column, columns, p.head_dim_v, padded_dim_v, s.v, s.ld_v);
         transpose(s.k, s.ld_qk, columns, padded_columns, p.head_dim, p.softmax_scale * 1.44269504f, s.k_transposed,
                   s.ld_columns);
         transpose(s.v, s.ld_v, columns, padded_columns, p.head_dim_v, 1.0f, s.v_transposed, s.ld_columns);

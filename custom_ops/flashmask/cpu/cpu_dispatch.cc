@@ -113,6 +113,13 @@ int64_t round_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 const char* cpu_best_isa() { return kernels_for(FLASHMASK_ISA_AUTO)->name; }
 
+FlashmaskStatus cpu_kernel_name(const FlashmaskParams& params, std::string* name, std::string* error) {
+  const CpuKernels* kernels = kernels_for(params.cpu_isa);
+  if (kernels == nullptr) return no_isa(error);
+  *name = std::string("cpu ") + kernels->name;
+  return FLASHMASK_OK;
+}
+
 int64_t cpu_forward_workspace_bytes(const FlashmaskParams&) { return 0; }
 
 // delta, and for 16-bit types the float32 sum of dq.

@@ -122,13 +122,13 @@ static void forward_row_tile(const CpuPlan& plan, const Dropout& dropout, int ba
       out_spans.depth = mask.row_block_columns;
     }
     if (!have_q) {
-      load_rows<T>(p.q, batch, head, row, rows, p.head_dim, p.head_dim, 1.0f, s.q, s.ld_qk);
+      load_rows<T>(p.q, batch, head, row, rows, p.head_dim, p.head_dim, s.q, s.ld_qk);
       transpose(s.q, s.ld_qk, rows, padded_rows, p.head_dim, p.softmax_scale * 1.44269504f, s.q_transposed, s.ld_rows);
       have_q = true;
     }
-    load_rows<T>(p.k, batch, head_k, column + first, last - first, p.head_dim, p.head_dim, 1.0f,
+    load_rows<T>(p.k, batch, head_k, column + first, last - first, p.head_dim, p.head_dim,
                  s.k + (ptrdiff_t)first * s.ld_qk, s.ld_qk);
-    load_rows<T>(p.v, batch, head_k, column + first, last - first, p.head_dim_v, padded_dim_v, 1.0f,
+    load_rows<T>(p.v, batch, head_k, column + first, last - first, p.head_dim_v, padded_dim_v,
                  s.v + (ptrdiff_t)first * s.ld_v, s.ld_v);
     gemm<Layout::kRowMajor, Store::kOverwrite>(last - first, padded_rows, p.head_dim, s.k + (ptrdiff_t)first * s.ld_qk,
                                                s.ld_qk, s.q_transposed, s.ld_rows,

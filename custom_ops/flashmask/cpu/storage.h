@@ -76,15 +76,14 @@ FLASHMASK_INLINE T* row_pointer(const FlashmaskTensor& tensor, int64_t batch, in
          head * tensor.head_stride;
 }
 
-// scratch[rows][ld] = rows [row, row + rows) of one head, times `factor`; columns [columns, padded_columns) become
-// zero.
+// scratch[rows][ld] = rows [row, row + rows) of one head; columns [columns, padded_columns) become zero.
 template <typename T>
 static void load_rows(const FlashmaskTensor& tensor, int64_t batch, int64_t head, int64_t row, int rows, int columns,
-                      int padded_columns, float factor, float* scratch, int ld) {
+                      int padded_columns, float* scratch, int ld) {
   for (int i = 0; i < rows; ++i) {
     const T* source = row_pointer<const T>(tensor, batch, row + i, head);
     float* target = scratch + (ptrdiff_t)i * ld;
-    for (int k = 0; k < columns; ++k) target[k] = to_float(source[k]) * factor;
+    for (int k = 0; k < columns; ++k) target[k] = to_float(source[k]);
     for (int k = columns; k < padded_columns; ++k) target[k] = 0.0f;
   }
 }
