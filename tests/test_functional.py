@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import paddle
@@ -221,6 +223,25 @@ def test_one_function_under_every_name():
     assert paddle_flashmask.paddleformers.__name__ == "paddle_flashmask.paddleformers"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         paddle_flashmask.nothing  # noqa: B018
+
+
+def test_submodules_as_attributes():
+    """In a process of its own: here others have imported them."""
+    script = """
+import sys
+import paddle_flashmask
+nn = paddle_flashmask.incubate.nn
+assert "functional" in dir(nn)
+assert "paddle" not in sys.modules, "imported before it is needed"
+assert nn.functional.flashmask_attention is paddle_flashmask.flashmask_attention
+try:
+    nn.nothing
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "'paddle_flashmask.incubate.nn' has no attribute 'nothing'" in done.stdout
 
 
 @pytest.mark.parametrize("axes", [(0, 2, 1, 3), (0, 3, 2, 1), (2, 1, 0, 3)])

@@ -1,6 +1,6 @@
 """A mask as two half-open intervals of masked rows per key column: the algebra of custom_ops/flashmask/mask.h.
 
-Both must agree to the element; tests/test_masks_header.py holds them together.
+Both must agree to the element; tests/test_masks_blocks.py holds them together (`test_equal_to_the_kernels_header`).
 """
 
 from __future__ import annotations
