@@ -28,7 +28,6 @@ from benchmarks.workloads import MASKS, Case
 from paddle_flashmask import masks
 
 MULTIPROCESSORS = 132
-COLUMNS = 128
 CACHE_BYTES, LAST_BYTES = 20 << 20, 48 << 20  # cuda_backend.cu: what heads of a group take, and of the last group
 
 
@@ -36,7 +35,8 @@ CACHE_BYTES, LAST_BYTES = 20 << 20, 48 << 20  # cuda_backend.cu: what heads of a
 class Direction:
     """What decides about the order of one kernel's tiles."""
 
-    tile_rows: dict[int, int]  # by head dim
+    tiles: dict[int, tuple[int, int]]  # rows and columns, by head dim
+    unmasked_tiles: dict[int, tuple[int, int]]  # where nothing masks
     fixed_cost: float  # of a piece of work, in tiles: its beginning and end
     rows_of_last_group: int  # head_groups.h
     smallest_share: int  # the last group has at most one head in so many
@@ -49,7 +49,8 @@ class Direction:
     def costs(self, case: Case) -> npt.NDArray[np.float64]:
         """Of a head's pieces of work in their order, `[batch, pieces]`."""
         indices, causal = case.indices()
-        classes = masks.block_classes(indices, causal, case.seqlen, tile=(self.tile_rows[case.head_dim], COLUMNS))
+        tiles = self.unmasked_tiles if case.mask == "full" else self.tiles
+        classes = masks.block_classes(indices, causal, case.seqlen, tile=tiles[case.head_dim])
         seen = (classes != masks.TileClass.FULLY_MASKED)[:, 0]
         if self.group_tiles is not None:
             counts = seen.sum(-2)
@@ -82,8 +83,10 @@ class Direction:
         return max(workers) * MULTIPROCESSORS / (costs.sum() * case.heads)
 
 
-FORWARD = Direction({64: 256, 128: 128}, 0.6, 128 << 10, 1, None)
-BACKWARD = Direction({64: 128, 128: 64}, 1.0, 64 << 10, 3, 32)
+# sm90/forward_config.h, sm90/backward_config.cuh and head_groups.h; tests/test_benchmark_balance.py compares.
+FORWARD = Direction({64: (256, 128), 128: (192, 64)}, {64: (192, 128), 128: (192, 64)}, 0.6, 128 << 10, 1, None)
+BACKWARD_TILES = {64: (128, 128), 128: (64, 128)}
+BACKWARD = Direction(BACKWARD_TILES, BACKWARD_TILES, 1.0, 64 << 10, 3, 32)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""What a results file of benchmarks/kernels.py says: rates over the own causal's, time ratios to rivals, goals.
+"""What results files of benchmarks/kernels.py say: rates over the own causal's, time ratios to rivals, goals.
 
     python benchmarks/summary.py benchmarks/results/h100-kernels-64-128.json
 
-Ratios are taken within one file, which is one run. Rates count every 128x128 tile that is not fully masked as full.
+Ratios are taken within one file, which is one run. Rates count every 128x128 tile that is not fully masked as full. Of
+several files of one machine, goals are counted over all head dims as well, those of each in one of the files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from rich.table import Table
 Rows = list[dict[str, Any]]
 Place = tuple[int, int, str]  # seqlen, head dim, mask
 
-DIRECTIONS = ("forward", "backward", "total")
+PASSES = ("forward", "backward")
+DIRECTIONS = (*PASSES, "total")
 OURS = ("ours", "ours_sm80")
 UNMASKED = ("full", "causal")
 
@@ -98,7 +100,7 @@ def name(place: Place) -> str:
 def best_rival_ratios(rows: Rows, rivals: list[str], baseline: str) -> dict[str, float]:
     """Best rival's time over the baseline's for full and causal, forward and backward apart."""
     found: dict[str, float] = {}
-    for direction in ("forward", "backward"):
+    for direction in PASSES:
         best: dict[Place, tuple[float, str]] = {}
         for rival in rivals:
             for place, ratio in time_ratios(rows, rival, baseline, direction).items():
@@ -122,12 +124,13 @@ def goals(rows: Rows) -> list[Goal]:
     def mean(ratios: dict[Place, float]) -> dict[str, float]:
         return {f"{len(ratios)} cases": geometric_mean(ratios.values())} if ratios else {}
 
-    def masked(rival: str, eviction: bool, directions: tuple[str, ...] = DIRECTIONS) -> dict[str, float]:
+    def masked(rival: str, eviction: bool) -> dict[str, float]:
+        """Of random eviction, or of all other masks; what masks nothing is none of them."""
         return {
             f"{direction} {name(place)}": ratios[direction]
             for place, ratios in over_causal(rows, rival).items()
-            for direction in directions
-            if (place[2] == "random_eviction") == eviction
+            for direction in PASSES
+            if place[2] not in UNMASKED and (place[2] == "random_eviction") == eviction
         }
 
     made.append(
@@ -141,8 +144,7 @@ def goals(rows: Rows) -> list[Goal]:
     made.append(
         Goal("full, causal: cuDNN / ours, d = 256", best_rival_ratios(rows_of(256), ["sdpa"], "ours"), 1.0, 0.92)
     )
-    for each in DIRECTIONS:
-        made.append(Goal(f"by-tile rate over own causal, {each}", masked("ours", False, (each,)), 0.95, 0.85))
+    made.append(Goal("by-tile rate over own causal", masked("ours", False), 0.95, 0.85))
     made.append(Goal("the same, random eviction", masked("ours", True), 0.85, 0.70))
     narrow, wide = time_ratios(rows_of(64, 128), "flex"), time_ratios(rows_of(256), "flex")
     made.append(Goal("FlexAttention / ours, d = 64, 128: geometric mean", mean(narrow), 1.6, 1.45))
@@ -197,18 +199,39 @@ def rival_table(rows: Rows) -> Table:
     return table
 
 
-def goal_table(rows: Rows) -> Table:
-    table = Table(title="goals")
-    for column in ("goal", "target", "floor", "reached by", "worst", "at", ""):
-        table.add_column(column, justify="right" if column in ("target", "floor", "reached by", "worst") else "left")
-    for goal in goals(rows):
+def joined(results: dict[str, dict[str, Any]]) -> tuple[Rows, dict[int, str]]:
+    """Of each head dim the rows of one file, so that ratios stay within a run, and which file that is.
+
+    It is the one in which our masks ran at most lengths, of several the newest, of several the last.
+    """
+    best: dict[int, tuple[int, str, int, str]] = {}
+    for position, (file, result) in enumerate(results.items()):
+        lengths: dict[int, set[int]] = defaultdict(set)
+        for seqlen, head_dim, mask in by_place(result["rows"], "ours"):
+            if mask not in UNMASKED:
+                lengths[head_dim].add(seqlen)
+        for head_dim, found in lengths.items():
+            candidate = (len(found), result.get("measured", ""), position, file)
+            best[head_dim] = max(best.get(head_dim, candidate), candidate)
+    files = {head_dim: best[head_dim][-1] for head_dim in sorted(best)}
+    rows = [row for head_dim, file in files.items() for row in results[file]["rows"] if row["head_dim"] == head_dim]
+    return rows, files
+
+
+def goal_table(listed: list[Goal], title: str = "goals") -> Table:
+    table = Table(title=title)
+    numbers = ("target", "reached by", "floor", "kept by", "worst")
+    for column in ("goal", *numbers, "at", ""):
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers)
+    for goal in listed:
         sign = "<= " if goal.at_most else ">= "
         worst = goal.worst() if goal.values else ("", float("nan"))
         table.add_row(
             goal.name,
             f"{sign}{goal.target:.2f}",
-            "-" if goal.floor is None else f"{goal.floor:.2f}",
             f"{goal.reaches(goal.target)} of {len(goal.values)}" if goal.values else "-",
+            "-" if goal.floor is None else f"{goal.floor:.2f}",
+            f"{goal.reaches(goal.floor)} of {len(goal.values)}" if goal.values and goal.floor is not None else "-",
             f"{worst[1]:.3f}" if goal.values else "-",
             worst[0],
             goal.verdict(),
@@ -216,31 +239,48 @@ def goal_table(rows: Rows) -> Table:
     return table
 
 
+def machine_name(result: dict[str, Any]) -> str:
+    return str(result["machine"].get("gpu", result["machine"].get("cpu")))
+
+
 def show(result: dict[str, Any], width: int = 150) -> None:
     rows = result["rows"]
     console = Console(width=width)
-    machine = result["machine"]
-    console.print(
-        f"{machine.get('gpu', machine.get('cpu'))}, commit {result['commit']}, {len(rows)} rows", highlight=False
-    )
+    console.print(f"{machine_name(result)}, commit {result['commit']}, {len(rows)} rows", highlight=False)
     for rival in OURS:
         for head_dim in sorted({row["head_dim"] for row in rows}):
             table = causal_table(rows, rival, head_dim)
             if table is not None:
                 console.print(table)
     console.print(rival_table(rows))
-    console.print(goal_table(rows))
+    console.print(goal_table(goals(rows)))
+
+
+def show_joined(results: dict[str, dict[str, Any]], width: int = 150) -> None:
+    """Goals over all head dims, for each machine of which there are several files."""
+    console = Console(width=width)
+    for machine in dict.fromkeys(map(machine_name, results.values())):
+        of_machine = {file: result for file, result in results.items() if machine_name(result) == machine}
+        if len(of_machine) > 1:
+            rows, files = joined(of_machine)
+            dims = {file: [str(each) for each in files if files[each] == file] for file in files.values()}
+            taken = "; ".join(f"d = {', '.join(dims[file])}: {Path(file).name}" for file in dims)
+            measured = [goal for goal in goals(rows) if goal.values]  # the others may be in files that were not taken
+            console.print(goal_table(measured, f"goals on {machine} over all head dims ({taken})"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of benchmarks/kernels.py; each is looked at alone")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of benchmarks/kernels.py")
+    results: dict[str, dict[str, Any]] = {}
     for path in parser.parse_args().results:
         result = json.loads(path.read_text())
         if any("rival" in row for row in result.get("rows", ())):
+            results[str(path)] = result
             show(result)
         else:
             print(f"{path}: no times in it, passed over")
+    show_joined(results)
 
 
 if __name__ == "__main__":
