@@ -52,12 +52,12 @@ def _question(name: str, node: Definition) -> str:
     return f"What does the {KINDS[type(node)]} {name}({ast.unparse(node.args)}) do?\n"
 
 
-def write_corpus(folder: Path, vocabulary: int = 4096, limit: int | None = None) -> tuple[Path, Path]:
+def write_corpus(folder: Path, vocabulary: int = 4096, limit: int = 0) -> tuple[Path, Path]:
     """Write `train.json` (PaddleNLP's src/tgt lines) and `tokenizer.json` (a byte-level BPE trained on it).
 
-    Returns their paths. `limit` keeps the first so many pairs.
+    Returns their paths. `limit` keeps the first so many pairs; 0 keeps all.
     """
-    pairs = list(itertools.islice(docstring_pairs(), limit))
+    pairs = list(itertools.islice(docstring_pairs(), limit or None))
     if not pairs:
         raise RuntimeError(f"no docstrings under {sysconfig.get_path('stdlib')}: is Python's library stripped of them?")
     folder.mkdir(parents=True, exist_ok=True)

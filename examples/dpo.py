@@ -54,7 +54,7 @@ def main() -> None:
     # 2. Prompts with two answers each, packed; an answer sees its prompt and itself. Before the models, so that a
     # mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
-    dataset, eval_dataset, collator = packed_preferences(tokenizer, data_args, "dpo", mask)
+    dataset, eval_dataset, collator = packed_preferences(tokenizer, data_args, example_args, "dpo", mask)
 
     # 3. The policy, and the model it is held to: a frozen copy, or itself without its adapters.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_seq_len)

@@ -6,8 +6,9 @@
 
 Arguments are PaddleNLP's (ModelConfig with --lora_rank and --lora_path, DataConfig, SFTConfig) and the few below; a
 JSON file may hold them, and what follows it on the command line wins. Without a model, examples/sft.py first trains a
-small one, all of its weights, on one half of the docstrings of Python's standard library; the adapters then learn the
-other half. Nothing is downloaded. --resume_from_checkpoint out/checkpoint-15 goes on where that run stopped.
+small one, all of its weights, on one half of the docstrings of Python's standard library. The adapters then learn your
+data or, without any, the other half. Nothing is downloaded. --resume_from_checkpoint out/checkpoint-15 goes on where
+that run stopped.
 """
 
 import quiet  # noqa: F401
@@ -25,7 +26,7 @@ from compare import compare
 from corpus import write_corpus
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
 from reports import MASKS, report
-from rows import packed_pairs
+from rows import packed_pairs, training_file
 from runs import Watch, parse, run_folder, train
 from sft import PairArguments, load_model, load_tokenizer
 
@@ -49,31 +50,40 @@ def prepare(
     training_args: SFTConfig,
     example_args: LoraArguments,
 ) -> None:
-    """Without data or a model: write the docstrings' two halves, and train a base on the first."""
-    if data_args.dataset_name_or_path is None:
-        data_args.dataset_name_or_path = str(folder / "data")
+    """Without a model: train a base on one half of the docstrings. Without data: write the other half."""
+    base = folder / "base"
+    trains_base = model_args.model_name_or_path is None and not base.exists()
+    own_data = data_args.dataset_name_or_path
+    if own_data and trains_base:
+        # A wrong name or format shows before the base is trained.
+        next(flashmask_nlp.read_pairs(training_file(own_data)), None)
+    if not own_data or trains_base:
         print("Reading the docstrings of Python's standard library", flush=True)
-        file, tokenizer = write_corpus(folder / "data", example_args.vocab_size)
+        file, tokenizer = write_corpus(folder / "base-data", example_args.vocab_size)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        base = folder / "base-data"
-        base.mkdir(exist_ok=True)
-        (base / "train.json").write_text("".join(lines[::2]), encoding="utf-8")
-        (base / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-        file.write_text("".join(lines[1::2]), encoding="utf-8")
+        file.write_text("".join(lines[::2]), encoding="utf-8")
+        if not own_data:
+            data = folder / "data"
+            data.mkdir(exist_ok=True)
+            (data / "train.json").write_text("".join(lines[1::2]), encoding="utf-8")
+            (data / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+            data_args.dataset_name_or_path = str(data)
     if model_args.model_name_or_path is None:
-        model_args.model_name_or_path = str(folder / "base")
-        if not (folder / "base").exists():
+        model_args.model_name_or_path = str(base)
+        if trains_base:
             print(f"Training a base model of its own for {example_args.base_steps} steps", flush=True)
             sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
             settings = {name: getattr(example_args, name) for name in sizes} | {
                 "dataset_name_or_path": folder / "base-data",
-                "output_dir": folder / "base",
+                "output_dir": base,
                 "max_length": data_args.max_length,
                 "max_steps": example_args.base_steps,
                 "learning_rate": example_args.base_learning_rate,
                 "device": training_args.device,
                 "eval_every": 0,
             }
+            if model_args.tokenizer_name_or_path:  # what encodes the adapters' data
+                settings["tokenizer_name_or_path"] = model_args.tokenizer_name_or_path
             arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
             fixed = "--flash_mask true --greedy_zero_padding true --per_device_train_batch_size 1 --warmup_steps 5"
             fixed += " --logging_steps 1 --save_steps 1000000 --disable_tqdm true --report_to none"

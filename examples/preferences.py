@@ -53,11 +53,11 @@ def answers(number: int, docstrings: list[str], chance: random.Random) -> list[s
     return [" ".join(words) for words in (own, mixed, other, disordered)]
 
 
-def write_preferences(folder: Path, ranks: tuple[int, ...], vocabulary: int, limit: int | None = None) -> None:
+def write_preferences(folder: Path, ranks: tuple[int, ...], vocabulary: int, limit: int = 0) -> None:
     """Write `preferences.json` and `preferences-dev.json` (every tenth) in PaddleNLP's format, and `tokenizer.json`.
 
     `ranks` says which of the four answers are given; those of one question are in random order. `limit` keeps the first
-    so many questions of a random order, which is the same each time.
+    so many questions of a random order, which is the same each time; 0 keeps all.
     """
     chance = random.Random(0)
     functions = list(documented_functions())
@@ -83,6 +83,16 @@ def write_preferences(folder: Path, ranks: tuple[int, ...], vocabulary: int, lim
 def preference_files(folder: Path, data_args: Any, example_args: Any, ranks: tuple[int, ...]) -> dict[str, str]:
     """The data arguments that name files. Without any, preferences are written to `folder`/data and named by them."""
     if data_args.train_dataset_path is None:
+        if data_args.dev_dataset_path is not None:
+            raise SystemExit(
+                "--dev_dataset_path without --train_dataset_path: expected both, or neither (then both are written); "
+                f"got {data_args.dev_dataset_path}"
+            )
+        if example_args.max_samples == 1:
+            raise SystemExit(
+                "--max_samples without --train_dataset_path must be 0 (all) or at least 2, because a worse answer is "
+                "that of another question; got 1"
+            )
         data = folder / "data"
         data_args.train_dataset_path = str(data / "preferences.json")
         data_args.dev_dataset_path = str(data / "preferences-dev.json")

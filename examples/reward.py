@@ -67,7 +67,7 @@ def main() -> None:
     # a mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
     dataset, eval_dataset, collator = packed_preferences(
-        tokenizer, data_args, "reward", mask, example_args.share_prompt
+        tokenizer, data_args, example_args, "reward", mask, example_args.share_prompt
     )
 
     # 3. A decoder with a score head: a causal language model's checkpoint gives the decoder.

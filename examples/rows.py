@@ -13,6 +13,11 @@ def padding(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
+def training_file(data: str | Path) -> Path:
+    """The file of --dataset_name_or_path `data`: itself, or train.json in a folder."""
+    return Path(data) / "train.json" if Path(data).is_dir() else Path(data)
+
+
 def packed_pairs(
     tokenizer: Any, data_args: Any, example_args: Any, mask: Literal["flashmask", "dense"]
 ) -> tuple[flashmask_nlp.PackedDataset, flashmask_nlp.PackedDataset | None, flashmask_nlp.PackingCollator]:
@@ -27,13 +32,19 @@ def packed_pairs(
         pairs = itertools.islice(flashmask_nlp.read_pairs(file), example_args.max_samples or None)
         return [flashmask_nlp.encode_pair(tokenizer, *pair) for pair in pairs]
 
-    samples = read(data / "train.json" if data.is_dir() else data)
+    samples = read(training_file(data))
     held_out = []
     if data.is_dir() and (data / "dev.json").exists():
         held_out = read(data / "dev.json")
     elif example_args.eval_every:
-        held_out = samples[:: example_args.eval_every]
-        samples = [sample for index, sample in enumerate(samples) if index % example_args.eval_every]
+        every = example_args.eval_every
+        if samples and len(samples[::every]) == len(samples):
+            raise SystemExit(
+                f"--eval_every must leave samples to train on: {every} keeps all of {len(samples):,} for evaluation; 0 "
+                "keeps none"
+            )
+        held_out = samples[::every]
+        samples = [sample for index, sample in enumerate(samples) if index % every]
 
     def pack(part: list[dict[str, list[int]]]) -> flashmask_nlp.PackedDataset:
         strategy: Literal["greedy", "in_order"] = "greedy" if data_args.greedy_zero_padding else "in_order"
@@ -48,14 +59,19 @@ def packed_pairs(
 def packed_preferences(
     tokenizer: Any,
     data_args: Any,
+    example_args: Any,
     task: Literal["dpo", "reward"],
     mask: Literal["flashmask", "dense"],
     share_prompt: bool = True,
 ) -> tuple[flashmask_nlp.PreferenceDataset, flashmask_nlp.PreferenceDataset | None, flashmask_nlp.PreferenceCollator]:
-    """Prompts with their answers (two for DPO), an answer sees its prompt and itself; printed statistics."""
+    """Prompts with their answers (two for DPO), an answer sees its prompt and itself; printed statistics.
+
+    Of both files the first --max_samples are used.
+    """
 
     def packed(path: str, strategy: Literal["greedy", "in_order"]) -> flashmask_nlp.PreferenceDataset:
         samples = flashmask_nlp.read_preferences(path, 2 if task == "dpo" else None)
+        samples = itertools.islice(samples, example_args.max_samples or None)
         return flashmask_nlp.PreferenceDataset(
             (flashmask_nlp.encode_preference(tokenizer, sample) for sample in samples),
             data_args.max_seq_len,

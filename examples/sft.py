@@ -41,12 +41,19 @@ import paddle_flashmask.paddlenlp as flashmask_nlp
 @dataclass
 class ExampleArguments(flashmask_nlp.VerifyArguments):
     compare: bool = field(default=False, metadata={"help": "Train with FlashMask and with a dense mask, and compare."})
-    max_samples: int = field(default=0, metadata={"help": "Use the first so many samples; 0 is all."})
+    max_samples: int = field(
+        default=0,
+        metadata={"help": "Use the first so many samples of a file; 0 is all, without data thousands of docstrings."},
+    )
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer that is trained, without a model."})
     hidden_size: int = field(default=256, metadata={"help": "Of the random Llama, without a model."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Of the random Llama, without a model."})
     num_attention_heads: int = field(default=4, metadata={"help": "Of the random Llama, without a model."})
     num_key_value_heads: int = field(default=2, metadata={"help": "Of the random Llama, without a model."})
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 0:
+            raise ValueError(f"max_samples must be 0 (all) or more, got {self.max_samples}")
 
 
 @dataclass

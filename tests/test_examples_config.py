@@ -110,6 +110,13 @@ def test_sft_refuses_adapters(parse, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Tokenizer:
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, None
+
+    def __call__(self, text, **settings):
+        return {"input_ids": [3, 4, 5]}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_data_shows_before_the_model_is_loaded(name, parse, monkeypatch, tmp_path):
     example = importlib.import_module(name)
@@ -125,12 +132,6 @@ def test_missing_data_shows_before_the_model_is_loaded(name, parse, monkeypatch,
     def load(*given, **named):
         raise AssertionError("the model was loaded first")
 
-    class Tokenizer:
-        bos_token_id, eos_token_id, pad_token_id = 1, 2, None
-
-        def __call__(self, text, **settings):
-            return {"input_ids": [3, 4, 5]}
-
     monkeypatch.setattr(example, "load_tokenizer", lambda *given: Tokenizer())
     if name == "reward":
         monkeypatch.setattr(example.AutoConfig, "from_pretrained", load)
@@ -138,6 +139,142 @@ def test_missing_data_shows_before_the_model_is_loaded(name, parse, monkeypatch,
         monkeypatch.setattr(example, "load_model", load)
     with pytest.raises(FileNotFoundError, match=missing.name):
         example.main()
+
+
+class Packed(Exception):
+    """Stops an example once its data is packed."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("given", "train_samples", "dev_samples"), [(0, 5, 4), (2, 2, 2), (9, 5, 4)])
+def test_max_samples_of_ones_own_data(given, train_samples, dev_samples, name, parse, monkeypatch, tmp_path):
+    example = importlib.import_module(name)
+    line = {"src": ["What?"], "tgt": ["That."]}
+    data_arguments = ["--dataset_name_or_path", str(tmp_path)]
+    if name in ("dpo", "reward"):
+        line = {"src": ["What?"], "response": ["That.", "This."], "sort": [1, 0]}
+        files = [str(tmp_path / file) for file in ("train.json", "dev.json")]
+        data_arguments = ["--train_dataset_path", files[0], "--dev_dataset_path", files[1]]
+    (tmp_path / "train.json").write_text((json.dumps(line) + "\n") * 5)
+    (tmp_path / "dev.json").write_text((json.dumps(line) + "\n") * 4)
+    plain = ["--compare", "false", "--flash_mask", "false", "--model_name_or_path", "DIR"]
+    parse(f"{name}-tiny-cpu", *plain, *data_arguments, "--max_samples", str(given))
+    packs = "packed_preferences" if name in ("dpo", "reward") else "packed_pairs"
+    original = getattr(example, packs)
+
+    def stop(*arguments):
+        raise Packed(*original(*arguments))
+
+    monkeypatch.setattr(example, "load_tokenizer", lambda *given: Tokenizer())
+    monkeypatch.setattr(example, packs, stop)
+    with pytest.raises(Packed) as stopped:
+        example.main()
+    dataset, eval_dataset, _ = stopped.value.args
+    assert (dataset.stats().samples, eval_dataset.stats().samples) == (train_samples, dev_samples)
+
+
+def test_a_negative_max_samples_is_refused(parse):
+    with pytest.raises(ValueError, match=r"max_samples must be 0 \(all\) or more, got -1"):
+        parse("sft-tiny-cpu", "--max_samples", "-1")
+
+
+@pytest.fixture
+def docstrings(parse, monkeypatch):
+    """30 made-up functions instead of the thousands of Python's library, which take a while to read."""
+    pairs = [(f"What does f{i} do?\n", f"Gives {i} times its argument.") for i in range(30)]
+    corpus, preferences = (importlib.import_module(name) for name in ("corpus", "preferences"))
+    monkeypatch.setattr(corpus, "docstring_pairs", lambda: iter(pairs))
+    monkeypatch.setattr(preferences, "documented_functions", lambda: iter(pairs))
+    return pairs
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("dpo", (0, 3)), ("reward", (0, 1, 2, 3))])
+@pytest.mark.parametrize(("given", "questions"), [((), 30), (("--max_samples", "0"), 30), (("--max_samples", "8"), 8)])
+def test_max_samples_without_data(given, questions, name, ranks, docstrings, monkeypatch, tmp_path):
+    example = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", ["example", "--output_dir", str(tmp_path), "--device", "cpu", *given])
+    _, data_args, *_, example_args = example.parse_arguments()
+    files = example.preference_files(tmp_path, data_args, example_args, ranks)
+    data = tmp_path / "data"
+    train, dev = data / "preferences.json", data / "preferences-dev.json"
+    assert files == {"train_dataset_path": str(train), "dev_dataset_path": str(dev)}
+    # Where two answers happen to be the same, the question is left out.
+    assert questions * 2 / 3 < len(lines(train)) + len(lines(dev)) <= questions
+    assert len(lines(data / "train.json")) == questions, "what the tokenizer is trained on"
+    assert (data / "tokenizer.json").exists()
+
+
+def test_one_sample_without_data_is_refused(parse, tmp_path):
+    _, data_args, *_, example_args = parse("dpo-tiny-cpu", "--max_samples", "1")
+    preferences = importlib.import_module("preferences")
+    with pytest.raises(SystemExit, match=r"--max_samples without --train_dataset_path must be 0 .* at least 2"):
+        preferences.preference_files(tmp_path, data_args, example_args, (0, 3))
+
+
+@pytest.mark.parametrize("name", ["dpo-tiny-cpu", "reward-tiny-cpu"])
+def test_evaluation_data_alone_is_refused(name, parse, tmp_path):
+    """What is written in its place would replace it without a word."""
+    _, data_args, *_, example_args = parse(name, "--dev_dataset_path", "mine.json")
+    preferences = importlib.import_module("preferences")
+    with pytest.raises(SystemExit, match=r"--dev_dataset_path without --train_dataset_path: .* got mine\.json"):
+        preferences.preference_files(tmp_path, data_args, example_args, (0, 3))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("samples", "every"), [(1, 20), (5, 1)])
+def test_samples_must_be_left_to_train_on(samples, every, parse, tmp_path):
+    file = tmp_path / "train.json"
+    file.write_text((json.dumps({"src": ["What?"], "tgt": ["That."]}) + "\n") * samples)
+    parsed = parse("sft-tiny-cpu", "--dataset_name_or_path", str(file), "--eval_every", str(every))
+    data_args, example_args = parsed[1], parsed[-1]
+    rows = importlib.import_module("rows")
+    with pytest.raises(SystemExit, match=rf"--eval_every must leave samples .*: {every} keeps all of {samples} "):
+        rows.packed_pairs(Tokenizer(), data_args, example_args, "flashmask")
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+@pytest.mark.parametrize("model", [None, "DIR"])
+@pytest.mark.parametrize("tokenizer", [None, "TOKENIZER"])
+def test_what_lora_trains_on(tokenizer, model, own_data, docstrings, parse, monkeypatch, tmp_path):
+    """Without a model one half of the docstrings trains a base; the adapters get one's own data or the other half."""
+    lora = importlib.import_module("lora")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"src": ["What?"], "tgt": ["That."]}) + "\n")
+    folder = tmp_path / "run"
+    runs = []
+    monkeypatch.setattr(lora.subprocess, "run", lambda command, **settings: runs.append([*map(str, command)]))
+    given = {"dataset_name_or_path": own_data and own, "model_name_or_path": model, "tokenizer_name_or_path": tokenizer}
+    more = [str(part) for name, value in given.items() if value for part in (f"--{name}", value)]
+    model_args, data_args, *others = parse("lora-tiny-cpu", *more)
+    lora.prepare(folder, model_args, data_args, *others)
+
+    assert data_args.dataset_name_or_path == str(own if own_data else folder / "data")
+    assert (folder / "data").exists() != own_data
+    if not own_data:
+        assert len(lines(folder / "data" / "train.json")) == 15
+        assert (folder / "data" / "tokenizer.json").exists()
+    assert model_args.model_name_or_path == (model or str(folder / "base"))
+    assert len(runs) == (not model)
+    for run in runs:
+        base_data = Path(run[run.index("--dataset_name_or_path") + 1])
+        assert lines(base_data / "train.json") == [json.dumps({"src": s, "tgt": t}) for s, t in docstrings[::2]]
+        assert (base_data / "tokenizer.json").exists()
+        assert run[run.index("--output_dir") + 1] == model_args.model_name_or_path
+        # The base must know the tokens that the adapters' data is made of.
+        passed = [run[i + 1] for i, part in enumerate(run) if part == "--tokenizer_name_or_path"]
+        assert passed == ([tokenizer] if tokenizer else [])
+
+
+def test_lora_misses_data_before_a_base_is_trained(docstrings, parse, monkeypatch, tmp_path):
+    lora = importlib.import_module("lora")
+    monkeypatch.setattr(lora.subprocess, "run", lambda *given, **settings: pytest.fail("a base was trained first"))
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        lora.prepare(tmp_path, *parse("lora-tiny-cpu", "--dataset_name_or_path", str(tmp_path / "none.json")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", [None, "folder"])

@@ -181,3 +181,14 @@ def test_example(tmp_path):
     np.testing.assert_allclose(again["losses"], result["losses"][2:], rtol=1e-5)
     after = result["evaluation"]["after"]["loss"]
     assert again["evaluation"]["after"]["loss"] == pytest.approx(after, rel=1e-5)
+
+
+def test_example_with_own_data_and_no_model(tmp_path):
+    """The base is trained on docstrings, the adapters on one's own file, which needs no tokenizer beside it."""
+    data = tmp_path / "own.json"
+    data.write_text("".join(json.dumps({"src": f"What is {i} + 1?", "tgt": str(i + 1)}) + "\n" for i in range(50)))
+    result, output = run_example(tmp_path / "lora", dataset_name_or_path=data, max_samples=40, save_strategy="no")
+    assert "Training a base model of its own for 2 steps" in output
+    assert "38 samples; tokens" in output, "two of 40 are for evaluation"
+    assert result["steps"] == 4
+    assert result["losses"][-1] < result["losses"][0]
