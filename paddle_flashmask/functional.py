@@ -61,7 +61,7 @@ def flashmask_attention(
     whole are skipped. A query that sees no key gets output 0, `lse` -inf and zero gradients. `key` and `value` must be
     finite also where no query sees them: as under a dense mask, a weight of zero times NaN is NaN.
 
-    Differentiable in query, key and value, once: a second derivative raises ValueError. `softmax_lse` and the mask
+    Differentiable in query, key and value, once: a second derivative raises. `softmax_lse` and the mask
     carry no gradient. Works in dynamic mode, under `paddle.jit.to_static`, in static programs and under recompute.
     Where `paddle.amp.auto_cast` is on, the inputs are cast as those of Paddle's `flash_attn` (an op of the white list).
 

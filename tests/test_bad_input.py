@@ -383,5 +383,5 @@ def test_second_derivative_is_refused(differentiated: tuple[str, ...], backward:
     penalty = sum(gradient.square().sum() for gradient in gradients)
     assert float(penalty) > 0
     again = penalty.backward if backward else functools.partial(paddle.grad, [penalty], inputs)
-    with pytest.raises(ValueError, match="second derivatives are not implemented"):
+    with pytest.raises((ValueError, OSError), match="second derivatives are not implemented"):  # OSError: Paddle 2.6
         again()
