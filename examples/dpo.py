@@ -41,6 +41,7 @@ def parse_arguments() -> tuple:
 
 def main() -> None:
     model_args, data_args, training_args, dpo_args, example_args = parse_arguments()
+    dpo_args.lora = bool(model_args.lora or model_args.lora_path)
     folder = run_folder(training_args, example_args.compare)
     files = preference_files(folder, data_args, example_args, ranks=(0, 3))
     if example_args.compare:
@@ -59,7 +60,6 @@ def main() -> None:
     # 3. The policy, and the model it is held to: a frozen copy, or itself without its adapters.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_seq_len)
     reference = None
-    dpo_args.lora = bool(model_args.lora or model_args.lora_path)
     if dpo_args.lora:
         model = add_adapters(model, model_args)
     elif not dpo_args.reference_free:

@@ -261,11 +261,20 @@ def test_reference_model_is_a_frozen_copy():
         ({"beta": 0}, "beta must be above 0"),
         ({"label_smoothing": 0.7}, "label_smoothing must be from 0 to 0.5"),
         ({"loss_type": "dpop", "reference_free": True}, "needs a reference model"),
+        ({"ref_model_update_steps": 2, "reference_free": True}, "ref_model_update_steps must be -1 .* got 2"),
+        ({"ref_model_update_steps": 2, "loss_type": "orpo"}, "ref_model_update_steps must be -1 .* got 2"),
     ],
 )
 def test_bad_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
         flashmask_nlp.DPOConfig(**settings)
+
+
+def test_updates_of_a_reference_that_is_the_policy():
+    config = flashmask_nlp.DPOConfig(ref_model_update_steps=2)
+    config.lora = False
+    with pytest.raises(ValueError, match=r"ref_model_update_steps must be -1 .* got 2, but lora is True"):
+        config.lora = True
 
 
 def test_losses_without_reference():

@@ -110,6 +110,21 @@ class TestRowIndexForms:
         with pytest.raises(TypeError, match="int32"):
             attend(fusion_ops, *qkv, rows=paddle.zeros([2, 24]))
 
+    @pytest.mark.parametrize("queries", [1, 4, 25])
+    def test_other_than_as_many_queries_as_keys(self, fusion_ops, qkv, queries):
+        query = paddle.randn([2, queries, 4, 16])
+        with pytest.raises(ValueError, match=f"as many queries as keys, got {queries} queries and 24 keys.*key-value"):
+            attend(fusion_ops, query, *qkv[1:], rows=paddle.to_tensor(np.stack([self.ends] * 2)))
+
+    @pytest.mark.parametrize("heads", [2, 4])
+    def test_heads_under_tensor_parallelism(self, fusion_ops, qkv, heads):
+        rows = paddle.to_tensor(np.broadcast_to(self.ends, (2, heads, 24)).copy())
+        split = {"tensor_parallel_degree": 2}
+        with pytest.raises(ValueError, match=rf"1 head with tensor_parallel_degree=2, got shape \[2, {heads}, 24\]"):
+            attend(fusion_ops, *qkv, rows=rows, settings=split)
+        one = attend(fusion_ops, *qkv, rows=rows[:, :1], settings=split)
+        np.testing.assert_allclose(one.numpy(), dense_reference(*qkv, self.allowed), atol=2e-5)
+
     def test_output_layouts(self, fusion_ops, qkv):
         rows = paddle.to_tensor(np.stack([self.ends] * 2))
         out = attend(fusion_ops, *qkv, rows=rows)

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 from paddlenlp_models import LENGTH, SwallowsEverything, assert_same, batches, loss_and_gradients, model
+from paddlenlp_zoo import zoo_model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 from paddle_flashmask.paddlenlp.guards import accepts_row_indices
@@ -119,6 +120,67 @@ def test_trainer_refuses_models_that_swallow_row_indices():
         trainer_class._prepare_inputs(trainer, batch)
     trainer.model = model("Llama")
     assert trainer_class._prepare_inputs(trainer, batch) == batch
+
+
+@pytest.mark.parametrize("name", ["dpo_trainer:DPOTrainer", "kto_trainer:KTOTrainer"])
+@pytest.mark.parametrize("mask", ["padding", None])
+def test_preference_trainers_drop_row_indices_beside_a_mask(name, mask):
+    file, _, cls = name.partition(":")
+    trainer_class = getattr(importlib.import_module(f"paddlenlp.trl.{file}"), cls)
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model = model("Llama")
+    batch = {"input_ids": paddle.zeros([1, 4], dtype="int64"), ROWS: paddle.ones([1, 1, 4], dtype="int32")}
+    batch["attention_mask"] = mask and paddle.ones([1, 4], dtype="int64")
+    message = f"{ROWS} and attention_mask in one batch: {cls} would .* Leave attention_mask out"
+    with pytest.raises(ValueError, match=message):
+        trainer._prepare_inputs(batch)  # pipelines
+    with pytest.raises(ValueError, match=message):
+        trainer.get_batch_metrics(None, trainer.model, batch)
+    # Evaluation prepares nothing.
+    trainer.args = types.SimpleNamespace(pipeline_parallel_degree=1)
+    trainer.ref_model_wrapped, trainer.autocast_smart_context_manager = None, paddle.no_grad
+    with pytest.raises(ValueError, match=message):
+        trainer.prediction_step(trainer.model, batch, True)
+
+
+def test_stock_other_trainers_may_pass_both_masks():
+    """The models follow the row indices then."""
+    trainer_class = importlib.import_module("paddlenlp.trainer.trainer").Trainer
+    made = batches(FULL_ROWS)
+    both = {**made["flashmask"], "attention_mask": paddle.ones([2, LENGTH], dtype="int64")}
+    trainer = types.SimpleNamespace(
+        model=model("Llama"), _prepare_input=dict, args=types.SimpleNamespace(past_index=-1), _past=None
+    )
+    assert trainer_class._prepare_inputs(trainer, both) == both
+    expected = loss_and_gradients(model("Llama"), made["dense"], use_flash_attention=False)
+    assert_same(loss_and_gradients(model("Llama"), both, use_flash_attention=True), expected)
+
+
+@pytest.mark.parametrize("use_flash_attention", [False, True])
+def test_flash_attention_for_generation_and_a_dense_mask(use_flash_attention):
+    made = batches(FULL_ROWS)
+    net = model("Llama", use_flash_attention_for_generation=True)
+    with pytest.raises(
+        ValueError, match=r"use_flash_attention_for_generation=True makes LlamaModel .* Set it to False"
+    ):
+        loss_and_gradients(net, made["dense"], use_flash_attention)
+    whole = {"input_ids": made["dense"]["input_ids"], "attention_mask": paddle.ones([2, LENGTH], dtype="int64")}
+    net(**whole)
+    net.config.use_flash_attention = use_flash_attention
+    net.generate(**whole, max_new_tokens=2, decode_strategy="greedy_search", bos_token_id=1, pad_token_id=0)
+    expected = loss_and_gradients(model("Llama"), made["dense"], use_flash_attention=False)
+    assert_same(loss_and_gradients(net, made["flashmask"], use_flash_attention=True), expected)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_generate_ignores_row_indices(name):
+    net = zoo_model(name, use_flash_attention=True)
+    tokens = paddle.arange(1, 9).reshape([1, 8])
+    rows = paddle.full([1, 1, 8], 8, dtype="int32")
+    settings = {"max_new_tokens": 2, "decode_strategy": "greedy_search", "bos_token_id": 1, "pad_token_id": 0}
+    with pytest.raises(ValueError, match=rf"{ROWS} with {name}.generate, which ignores them"):
+        net.generate(tokens, attn_mask_startend_row_indices=rows, **settings)
+    assert net.generate(tokens, attention_mask=paddle.ones_like(tokens), **settings)[0].shape == [1, 2]
 
 
 def test_stock_which_models_accept_row_indices():

@@ -2,10 +2,14 @@
 
 import importlib
 import threading
+import types
 
 import paddle
 import pytest
+from paddlenlp.peft import LoRAConfig, LoRAModel
+from paddlenlp.trainer import trainer as trainer_module
 from paddlenlp_models import FAMILIES, assert_same, batches, loss_and_gradients, model
+from paddlenlp_zoo import zoo_model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 from paddle_flashmask.paddlenlp.patching import Patch, PatchSet
@@ -121,6 +125,42 @@ def test_models_built_before_are_routed_and_restored(family):
         got = loss_and_gradients(net, made["flashmask"], use_flash_attention=True)
         reference = loss_and_gradients(model(family), made["dense"], use_flash_attention=False)
     assert_same(got, reference)
+
+
+def lora(name):
+    # Without experts: PaddleNLP's fail without the routing.
+    dense = {"first_k_dense_replace": 2} if name == "DeepseekV3ForCausalLM" else {}
+    net = zoo_model(name, use_flash_attention=True, **dense)
+    return LoRAModel(net, LoRAConfig(target_modules=[".*q_proj.*", ".*q_a_proj.*"], r=2, lora_alpha=4))
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "DeepseekV3ForCausalLM"])
+def test_lora_models_keep_the_forward_of_their_time(name):
+    """LoRAModel takes its model's forward when it is built: without the argument before enable(), alone after it."""
+    batch = batches((13, 20, 15, 30, 18))["flashmask"]
+    early = lora(name)
+    with flashmask_nlp.enabled():
+        right = lora(name)
+        flashmask_nlp.check_model(right)
+        assert flashmask_nlp.verify(right, batch).passed
+        trainer = types.SimpleNamespace(model=early)
+        for check in (
+            lambda: flashmask_nlp.check_model(early),
+            lambda: flashmask_nlp.verify(early, batch),
+            lambda: trainer_module.Trainer._prepare_inputs(trainer, batch),
+        ):
+            with pytest.raises(ValueError, match=rf"built around {name} before enable\(\).*the LoRAModel after enable"):
+                check()
+    with pytest.raises(RuntimeError, match=r"did not pick the|0 of 2 layers"):
+        right(**batch)
+
+
+def test_lora_model_of_a_model_that_takes_row_indices_by_itself():
+    """The order is free there."""
+    early = lora("LlamaForCausalLM")
+    with flashmask_nlp.enabled():
+        flashmask_nlp.check_model(early)
+        assert flashmask_nlp.verify(early, batches()["flashmask"]).passed
 
 
 def test_listed_models_take_row_indices():

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp_models import LENGTH, SwallowsEverything, batches, model
+from paddlenlp_zoo import zoo_model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 from paddle_flashmask.paddlenlp import routing
@@ -155,6 +156,20 @@ def test_positions_that_do_not_fit_the_mask(batch):
     leaking = {**batch, ROWS: paddle.full_like(batch[ROWS], LENGTH)}
     with pytest.raises(ValueError, match=r"restart at token 13 of row 0, but .* see 13 earlier tokens"):
         verify_function(net, leaking)
+
+
+def test_positions_that_are_missing(batch):
+    """Models count from 0 then, over all samples of a row; GPT has learned each position."""
+    net = zoo_model("GPTForCausalLM", use_flash_attention=True)
+    without = {key: value for key, value in batch.items() if key != "position_ids"}
+    assert "token 13 of row 0 sees no earlier token, but its position is 13" in (
+        warning := flashmask_nlp.verify(net, without).warnings[0]
+    )
+    assert "the batch has no position_ids" in warning
+    alone = {**without, ROWS: paddle.full_like(batch[ROWS], LENGTH)}
+    with flashmask_nlp.enabled():
+        assert not flashmask_nlp.verify(net, batch).warnings
+        assert not flashmask_nlp.verify(net, alone).warnings, "one sample in each row"
 
 
 def test_says_that_the_routing_is_off(batch):

@@ -109,6 +109,12 @@ def test_arguments_that_contradict_row_indices(made):
     for name in ADDED:
         refused("use_flash_attention=False", name, use_flash_attention=False)
     refused("context_parallel_degree=2", context_parallel_degree=2)
+    for name in ADDED:
+        heads = {**batch, ROWS: batch[ROWS].expand([-1, 2, -1])}
+        net = zoo_model(name, use_flash_attention=True)
+        net.config.tensor_parallel_degree = 2
+        with pytest.raises(ValueError, match=r"must have 1 head with tensor_parallel_degree=2, got shape \[2, 2, 48\]"):
+            net(**heads)
     refused("refined_recompute", "QWenForCausalLM", refined_recompute={"flash_attn": 1})
     refused("scale_qk_coeff=2.0", "GPTForCausalLM", scale_qk_coeff=2.0)
     refused("sequence_parallel", "ChatGLMv2ForCausalLM", sequence_parallel=True)
@@ -120,6 +126,26 @@ def test_arguments_that_contradict_row_indices(made):
             inner(batch["input_ids"], **{ROWS: batch[ROWS]})
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", *ADDED])
+def test_a_key_value_cache_is_refused(name):
+    """With as many row indices as keys: rows would be counted from the first query of the call."""
+    net = zoo_model(name, use_flash_attention=True)
+    net.eval()
+    tokens, places = paddle.arange(1, 17).reshape([1, 16]), paddle.arange(8).tile([2]).reshape([1, 16])
+    rows = paddle.to_tensor([[[8] * 8 + [16] * 8]], dtype="int32")
+    settings = {"use_cache": True, "return_dict": True}
+    with paddle.no_grad():
+        first = net(tokens[:, :12], position_ids=places[:, :12], **{ROWS: rows[:, :, :12].clip(0, 12)}, **settings)
+        with pytest.raises(ValueError, match="got 4 queries and 16 keys"):
+            net(
+                tokens[:, 12:],
+                position_ids=places[:, 12:],
+                past_key_values=first.past_key_values,
+                **{ROWS: rows},
+                **settings,
+            )
+
+
 def test_gpt_and_a_dense_mask_that_its_flash_attention_ignores(made):
     net = zoo_model("GPTForCausalLM", use_flash_attention=True)
     with pytest.raises(ValueError, match="would ignore it"):
@@ -127,7 +153,11 @@ def test_gpt_and_a_dense_mask_that_its_flash_attention_ignores(made):
 
 
 def test_dropout_of_attention(made):
-    names = {"GPTForCausalLM": "attention_probs_dropout_prob", "MixtralForCausalLM": "attention_dropout"}
+    names = {
+        "GPTForCausalLM": "attention_probs_dropout_prob",
+        "MixtralForCausalLM": "attention_dropout",
+        "ChatGLMv2ForCausalLM": "attention_dropout",
+    }
     for name, argument in names.items():
         losses = []
         for probability in (0.0, 0.5):

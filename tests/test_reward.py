@@ -250,6 +250,25 @@ def test_evaluation_accuracy_and_margin_by_hand(dataset, tmp_path):
     assert metrics["eval_margin"] == pytest.approx(margin / pairs, rel=1e-3, abs=1e-6)
 
 
+def test_evaluations_do_not_count_in_each_other(dataset, tmp_path):
+    """Whatever the prefix; neither does predict, which has the same figures in its metrics."""
+    other = flashmask_nlp.PreferenceDataset(preferences(30, 4)[20:], LENGTH, "reward")
+    with flashmask_nlp.enabled():
+        trainer = make_trainer("flashmask", dataset, tmp_path)
+        expected = trainer.evaluate(other)
+        for prefix in ("test", "eval_other", "train"):
+            metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
+            assert metrics[f"{prefix}_margin"] != expected["eval_margin"]
+            assert 0 <= metrics[f"{prefix}_accuracy"] <= 1
+            again = trainer.evaluate(other)
+            assert [again[f"eval_{name}"] for name in ("accuracy", "margin")] == [
+                expected[f"eval_{name}"] for name in ("accuracy", "margin")
+            ]
+        predicted = trainer.predict(other).metrics
+        assert predicted["test_margin"] == expected["eval_margin"]
+        assert trainer.evaluate(other)["eval_margin"] == expected["eval_margin"]
+
+
 # The model
 
 

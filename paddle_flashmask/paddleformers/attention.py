@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 
 from paddle_flashmask.functional import flashmask_attention
-from paddle_flashmask.paddlenlp.routing import as_startend_row_indices
+from paddle_flashmask.paddlenlp.routing import as_startend_row_indices, refuse_split_heads
 
 __all__ = ["NAME", "flashmask_custom_forward", "register"]
 
@@ -52,7 +52,8 @@ def flashmask_custom_forward(
 
     Raises:
         TypeError, ValueError: row indices of a wrong dtype or shape, row indices beside a dense mask, a sink, or
-            ``is_causal`` against the number of columns.
+            ``is_causal`` against the number of columns, rows per head under tensor parallelism, or other than as many
+            queries as keys (a key-value cache).
     """
     if sink is not None:
         raise ValueError(f"sink with {NAME}: attention sinks are not supported. Use _attn_implementation=eager")
@@ -79,7 +80,8 @@ def flashmask_custom_forward(
     if rows is None:
         causal = is_causal if is_causal is not None else query_length > 1 and getattr(module, "is_causal", True)
     else:
-        rows, causal = as_startend_row_indices(rows, batch, key_length, key_heads, query_heads)
+        refuse_split_heads(getattr(module, "config", None), rows)
+        rows, causal = as_startend_row_indices(rows, batch, query_length, key_length, key_heads, query_heads)
         columns = rows.shape[-1]
         if is_causal is not None and columns != 2 and is_causal != causal:
             raise ValueError(f"is_causal={is_causal}: {_ROWS} with {columns} columns are for is_causal={causal}")

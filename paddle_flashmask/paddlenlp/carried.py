@@ -22,7 +22,7 @@ from paddle_flashmask.functional import flashmask_attention
 
 from .guards import ROW_INDICES, _looks_plain_causal, argument_reader, guard_model
 from .patching import stands_in_for
-from .routing import ROUTED_DEVICES, _refuse_parallel, as_startend_row_indices
+from .routing import ROUTED_DEVICES, _refuse_parallel, as_startend_row_indices, refuse_split_heads
 from .watch import report_call
 
 __all__ = [
@@ -47,7 +47,7 @@ class _Carried:
     Attributes:
         rows: the row indices.
         length_first: whether the model reshapes the attention's output as if it were ``[s, b, h, d]``.
-        calls: routed attention calls so far.
+        calls: routed attention calls so far; with ``hand_over`` how often the model picked the rows up.
     """
 
     rows: paddle.Tensor
@@ -104,6 +104,7 @@ def take_row_indices(
                     "config.use_flash_attention=True (or --use_flash_attention true)"
                 )
             _refuse_parallel(config, None, ROW_INDICES)
+            refuse_split_heads(config, rows)
             found = contradictions(config)
             if getattr(config, "refined_recompute", None):
                 found.append("refined_recompute keeps dense attention's tensors: leave it out")
@@ -135,9 +136,9 @@ def _attend(
     dropout: float,
     training: bool,
 ) -> paddle.Tensor:
-    batch, _, query_heads, _ = query.shape
+    batch, query_length, query_heads, _ = query.shape
     _, key_length, key_heads, _ = key.shape
-    indices, causal = as_startend_row_indices(carried.rows, batch, key_length, key_heads, query_heads)
+    indices, causal = as_startend_row_indices(carried.rows, batch, query_length, key_length, key_heads, query_heads)
     out = flashmask_attention(query, key, value, indices, causal=causal, dropout=dropout, training=training)
     report_call(query, key, value, carried.rows, out)
     carried.calls += 1
@@ -250,8 +251,15 @@ def hand_over(original: Callable[..., Any]) -> Callable[..., Any]:
                 "predict further tokens cut the sequence, and would predict one packed sample from another. Set "
                 "config.num_nextn_predict_layers=0"
             )
-        with _carrying(None if rows is None else _Carried(rows)):
-            return original(self, *args, **kwargs)
+        carried = None if rows is None else _Carried(rows)
+        with _carrying(carried):
+            out = original(self, *args, **kwargs)
+        if carried is not None and not carried.calls:
+            raise RuntimeError(
+                f"{type(self).__name__}: its model did not pick the {ROW_INDICES} up and attended without them. Was a "
+                "LoRAModel built inside enabled() and called outside of it? Call enable() before"
+            )
+        return out
 
     return _with_argument(forward, original)
 
@@ -270,7 +278,10 @@ def guard_shared_model(original: Callable[..., Any]) -> Callable[..., Any]:
 @paddle.jit.not_to_static
 def _picked_up(kwargs: dict[str, Any]) -> dict[str, Any]:
     carried = _current.get()
-    return kwargs if carried is None else {**kwargs, ROW_INDICES: carried.rows}
+    if carried is None:
+        return kwargs
+    carried.calls += 1
+    return {**kwargs, ROW_INDICES: carried.rows}
 
 
 def guard_dropped_mask(original: Callable[..., Any]) -> Callable[..., Any]:

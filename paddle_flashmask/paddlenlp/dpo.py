@@ -24,7 +24,8 @@ class DPOConfig:
     model without its adapters is then the reference.
 
     Raises:
-        ValueError: an unknown ``loss_type``, or values that contradict each other or are out of range.
+        ValueError: an unknown ``loss_type``, or values that contradict each other or are out of range; also when
+            ``lora`` is set beside ``ref_model_update_steps``.
     """
 
     beta: float = field(default=0.1, metadata={"help": "Temperature of the loss: small values allow large changes."})
@@ -40,6 +41,19 @@ class DPOConfig:
     reference_free: bool = field(default=False, metadata={"help": "Train without a reference model."})
     lora: bool = field(default=False, init=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set after __post_init__. PaddleNLP would train until the first update, and fail there.
+        if name == "lora" and value:
+            self._require_reference_model("lora is True: the reference is the policy without its adapters")
+        super().__setattr__(name, value)
+
+    def _require_reference_model(self, reason: str) -> None:
+        if self.ref_model_update_steps > 0:
+            raise ValueError(
+                f"ref_model_update_steps must be -1 without a reference model of its own, got "
+                f"{self.ref_model_update_steps}, but {reason}"
+            )
+
     def __post_init__(self) -> None:
         if self.loss_type == "orpo":  # as PaddleNLP's scripts define it
             self.loss_type, self.reference_free, self.sft_loss_ratio = "or", True, 1.0
@@ -49,6 +63,8 @@ class DPOConfig:
             self.reference_free = True
         if self.reference_free and self.loss_type in NEEDS_REFERENCE:
             raise ValueError(f"loss_type={self.loss_type!r} needs a reference model, but reference_free is True")
+        if self.reference_free:
+            self._require_reference_model(f"reference_free is True (loss_type={self.loss_type!r})")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
         if not 0 <= self.label_smoothing <= 0.5:

@@ -18,8 +18,10 @@ __all__ = [
     "accepts_row_indices",
     "guard_attention",
     "guard_dpo_layout",
+    "guard_generate",
     "guard_generation",
     "guard_model",
+    "guard_preference_batch",
     "guard_prepared_inputs",
     "guard_sequence_split",
 ]
@@ -44,6 +46,9 @@ def accepts_row_indices(layer: Any) -> bool:
     """Whether the model's ``forward`` names ``attn_mask_startend_row_indices``.
 
     LoRA and other wrappers are looked through. A ``**kwargs`` that would swallow it does not count.
+
+    Raises:
+        ValueError: a wrapper keeps a ``forward`` of its model from before ``enable()``, which does not name it.
     """
     seen = set()
     while layer is not None and id(layer) not in seen:
@@ -57,7 +62,20 @@ def accepts_row_indices(layer: Any) -> bool:
             packed = prepare({ROW_INDICES: marker})[0]
             return packed is marker or (isinstance(packed, tuple) and any(entry is marker for entry in packed))
         # Wrappers: LoRAModel and VeRAModel hold `.model`, Paddle's parallel wrappers hold `._layers`.
-        layer = vars(layer).get("_sub_layers", {}).get("model") or vars(layer).get("_sub_layers", {}).get("_layers")
+        inner = vars(layer).get("_sub_layers", {}).get("model") or vars(layer).get("_sub_layers", {}).get("_layers")
+        # LoRAModel calls the method that it took from its model when it was built.
+        kept = vars(layer).get("forward")
+        if (
+            inspect.ismethod(kept)
+            and kept.__self__ is inner
+            and ROW_INDICES in inspect.signature(inner.forward).parameters
+        ):
+            raise ValueError(
+                f"{ROW_INDICES}: {type(layer).__name__} was built around {type(inner).__name__} before enable(), and "
+                f"calls the forward of that time, which does not take them. Build the {type(layer).__name__} after "
+                "enable()"
+            )
+        layer = inner
     return False
 
 
@@ -90,12 +108,19 @@ def _check_model(model: Any, rows: Any, mask: Any) -> None:
             f"{ROW_INDICES} with config.alibi=True: {type(model).__name__} leaves alibi out when it gets row indices. "
             "Use a model with rotary positions, or a dense attention_mask with use_flash_attention=False"
         )
-    dropped = rows is None and mask is not None and drops_masks_by_environment()
+    if rows is not None or mask is None:
+        return
+    if drops_masks_by_environment():
+        cause, remedy = "USE_CASUAL_MASK=True in the environment", "Unset USE_CASUAL_MASK"
+    elif getattr(model.config, "use_flash_attention_for_generation", False):
+        cause, remedy = "config.use_flash_attention_for_generation=True", "Set it to False"
+    else:
+        return
     # What a static program will be given is not known while it is built.
-    if dropped and not (paddle.in_dynamic_mode() and _looks_plain_causal(mask)):
+    if not (paddle.in_dynamic_mode() and _looks_plain_causal(mask)):
         raise ValueError(
-            f"USE_CASUAL_MASK=True in the environment makes {type(model).__name__} ignore attention_mask and train "
-            "plain causal attention. Unset USE_CASUAL_MASK, or pass row indices (they are not affected)"
+            f"{cause} makes {type(model).__name__} ignore attention_mask and train plain causal attention. {remedy}, "
+            "or pass row indices (they are not affected)"
         )
 
 
@@ -169,18 +194,43 @@ def guard_sequence_split(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guard_prepared_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``Trainer._prepare_inputs``: a model that would swallow row indices in ``**kwargs``."""
+    """Around ``Trainer._prepare_inputs``: row indices that a model would swallow, or DPO's and KTO's trainers drop."""
 
     @stands_in_for(original)
     def prepare(self: Any, inputs: Any) -> Any:
-        if isinstance(inputs, dict) and inputs.get(ROW_INDICES) is not None and not accepts_row_indices(self.model):
-            raise ValueError(
-                f"{ROW_INDICES} in a batch for {type(self.model).__name__}, whose forward does not take them. "
-                "Use a model of paddle_flashmask.paddlenlp.MODELS, or --flash_mask false"
-            )
+        if isinstance(inputs, dict) and inputs.get(ROW_INDICES) is not None:
+            if not accepts_row_indices(self.model):
+                raise ValueError(
+                    f"{ROW_INDICES} in a batch for {type(self.model).__name__}, whose forward does not take them. "
+                    "Use a model of paddle_flashmask.paddlenlp.MODELS, or --flash_mask false"
+                )
+            # Pipeline stages get their inputs without get_batch_metrics. Other trainers pass both masks on: there the
+            # models follow the row indices, or refuse.
+            if hasattr(self, "get_batch_metrics"):
+                _check_preference_batch(self, inputs)
         return original(self, inputs)
 
     return prepare
+
+
+def _check_preference_batch(trainer: Any, batch: Any) -> None:
+    # The key alone decides: with attention_mask=None the model would get no mask at all.
+    if batch.get(ROW_INDICES) is not None and "attention_mask" in batch:
+        raise ValueError(
+            f"{ROW_INDICES} and attention_mask in one batch: {type(trainer).__name__} would pass attention_mask on and "
+            "drop the row indices. Leave attention_mask out of the batch"
+        )
+
+
+def guard_preference_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``get_batch_metrics`` of DPO's and KTO's trainers. Their evaluation skips ``_prepare_inputs``."""
+
+    @stands_in_for(original)
+    def get_batch_metrics(self: Any, ref_model: Any, model: Any, batch: Any, train_eval: str = "train") -> Any:
+        _check_preference_batch(self, batch)
+        return original(self, ref_model, model, batch, train_eval)
+
+    return get_batch_metrics
 
 
 def guard_generation(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,6 +246,21 @@ def guard_generation(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, model, inputs, prediction_loss_only, ignore_keys)
 
     return prediction_step
+
+
+def guard_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``generate``: the models prepare the inputs of each step without row indices."""
+
+    @stands_in_for(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(ROW_INDICES) is not None:
+            raise ValueError(
+                f"{ROW_INDICES} with {type(self).__name__}.generate, which ignores them. Generate from prompts that "
+                "are not packed, with attention_mask for their padding"
+            )
+        return original(self, *args, **kwargs)
+
+    return generate
 
 
 def guard_dpo_layout(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -129,7 +129,8 @@ class RewardTrainer(Trainer):
     """Trains a score model on batches of ``PreferenceCollator(task="reward")``.
 
     Logs, for training and evaluation: ``accuracy``, the share of pairs of answers that the scores put in the right
-    order, and ``margin``, the mean difference of their scores, over all pairs since the last log.
+    order, and ``margin``, the mean difference of their scores: over all pairs since the last log, or of the evaluation
+    set. There, and in ``predict``'s metrics, their names begin with ``metric_key_prefix``.
 
     Args:
         model: ``LlamaForScore``, ``Qwen2ForScore``, a LoRA model of one, or another that takes ``response_indexs`` and
@@ -177,11 +178,32 @@ class RewardTrainer(Trainer):
         with paddle.no_grad(), self.autocast_smart_context_manager():
             return self._loss(model, inputs, "eval").detach(), None, None
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+        max_eval_iters: int | None = -1,
+    ) -> Any:
+        """PaddleNLP's loop of ``evaluate`` and ``predict``; its metrics get accuracy and margin of this set alone."""
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix, max_eval_iters
+        )
+        output.metrics.update(self._figures("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def _figures(self, split: str, prefix: str) -> dict[str, float]:
+        """Accuracy and margin since the last call; none where there was no batch."""
+        if not self._sums[split]:
+            return {}
+        pairs, right, margins = paddle.stack(self._sums.pop(split)).sum(axis=0).tolist()
+        return {f"{prefix}accuracy": right / max(pairs, 1), f"{prefix}margin": margins / max(pairs, 1)}
+
     def log(self, logs: dict[str, float], **kwargs: Any) -> None:
-        """Add accuracy and margin to ``logs``, and log."""
-        for split, mark, prefix in (("train", "loss", ""), ("eval", "eval_loss", "eval_")):
-            if mark in logs and self._sums[split]:
-                pairs, right, margins = paddle.stack(self._sums.pop(split)).sum(axis=0).tolist()
-                logs[f"{prefix}accuracy"] = right / max(pairs, 1)
-                logs[f"{prefix}margin"] = margins / max(pairs, 1)
+        """Add accuracy and margin of training to ``logs``, and log."""
+        if "loss" in logs:
+            logs.update(self._figures("train", ""))
         super().log(logs, **kwargs)

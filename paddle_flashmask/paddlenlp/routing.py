@@ -23,7 +23,7 @@ from .patching import stands_in_for
 from .switch import row_indices_are_missed
 from .watch import report_call
 
-__all__ = ["as_startend_row_indices", "drops_dense_mask", "route"]
+__all__ = ["as_startend_row_indices", "drops_dense_mask", "refuse_split_heads", "route"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def drops_dense_mask() -> bool:
 
 
 def as_startend_row_indices(
-    row_indices: paddle.Tensor, batch: int, key_length: int, key_heads: int, query_heads: int
+    row_indices: paddle.Tensor, batch: int, query_length: int, key_length: int, key_heads: int, query_heads: int
 ) -> tuple[paddle.Tensor, bool]:
     """PaddleNLP's row indices in the form that ``flashmask_attention`` takes.
 
@@ -56,6 +56,7 @@ def as_startend_row_indices(
             ``[b, h, s_k, n]`` with n of 1, 2 (causal) or 4 (not causal). Integers; b may be 1, h is 1, the number of
             key heads or the number of query heads.
         batch: batch size of the call.
+        query_length: number of queries of the call.
         key_length: number of keys of the call.
         key_heads: number of key heads.
         query_heads: number of query heads.
@@ -89,6 +90,11 @@ def as_startend_row_indices(
             f"{name} must hold one entry for each of the {key_length} keys, got shape {shape}. Row indices do not go "
             "with a key-value cache, prefix tuning, or a sequence that is split over devices"
         )
+    if query_length != key_length:
+        raise ValueError(
+            f"{name} need as many queries as keys, got {query_length} queries and {key_length} keys. They count rows "
+            "from the first query of the call, and do not go with a key-value cache: use a dense attention_mask there"
+        )
     if columns not in (1, 2, 4):
         raise ValueError(f"{name} must have 1, 2 or 4 entries in its last axis, got shape {shape}")
     if row_indices.dtype != paddle.int32:
@@ -111,6 +117,18 @@ def _refuse_parallel(config: Any, reshard_layer: Any, what: str) -> None:
             "the mask along the sequence but attends over the whole sequence, and replaces the position ids. "
             "Set sep_parallel_degree=1"
         )
+
+
+def refuse_split_heads(config: Any, row_indices: Any) -> None:
+    """Refuse row indices per head under tensor parallelism: each device has some of the heads, but all of the rows."""
+    shape = list(getattr(row_indices, "shape", ()))
+    for name in ("tensor_parallel_degree", "tensor_model_parallel_size"):  # PaddleNLP's name and PaddleFormers'
+        degree = getattr(config, name, None) or 1
+        if degree > 1 and len(shape) > 2 and shape[1] > 1:
+            raise ValueError(
+                f"attn_mask_startend_row_indices must have 1 head with {name}={degree}, got shape {shape}: each device "
+                f"attends with a part of the heads. Use one mask for all heads, or {name}=1"
+            )
 
 
 def _inputs_as_saved() -> tuple[str, ...]:
@@ -207,10 +225,11 @@ def route(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"attn_mask_startend_row_indices on device {device!r}: PaddleNLP ignores them there. "
                     f"Use one of {', '.join(ROUTED_DEVICES)}, or a dense attention_mask"
                 )
-            batch, _, query_heads, _ = query_states.shape
+            refuse_split_heads(config, attn_mask_startend_row_indices)
+            batch, query_length, query_heads, _ = query_states.shape
             _, key_length, key_heads, _ = key_states.shape
             indices, causal = as_startend_row_indices(
-                attn_mask_startend_row_indices, batch, key_length, key_heads, query_heads
+                attn_mask_startend_row_indices, batch, query_length, key_length, key_heads, query_heads
             )
             out = fusion_ops.no_recompute(
                 attend,

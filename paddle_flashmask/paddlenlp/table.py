@@ -62,7 +62,20 @@ def patches() -> list[Patch]:
             guards.guard_prepared_inputs,
             "a model with **kwargs swallows row indices",
         ),
+        Patch(
+            "paddlenlp.generation.utils:GenerationMixin.generate",
+            guards.guard_generate,
+            "generate ignores row indices",
+        ),
     ]
+    for trainer in ("dpo_trainer:DPOTrainer", "kto_trainer:KTOTrainer"):
+        table.append(
+            Patch(
+                f"paddlenlp.trl.{trainer}.get_batch_metrics",
+                guards.guard_preference_batch,
+                "row indices are dropped beside an attention mask",
+            )
+        )
     for name in ("split_inputs_sequence_dim", "split_inputs_sequence_dim_load_balance"):
         table.append(
             Patch(

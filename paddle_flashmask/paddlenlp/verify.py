@@ -102,7 +102,7 @@ def verify(model: Any, batch: Mapping[str, Any], tolerance: float | None = None)
     Args:
         model: a model that takes ``attn_mask_startend_row_indices``, or a LoRA or other wrapper of one.
         batch: what the model is called with, tensors or arrays; ``labels`` and what the model does not take are left
-            out. int ``position_ids`` ``[b, s]`` are compared with the mask.
+            out. int ``position_ids`` ``[b, s]`` are compared with the mask; without them it is 0, 1, 2, ...
         tolerance: largest difference, relative to the layer's largest output, that passes. None: 1e-4 in float32, 4e-3
             in float16, 3e-2 in bfloat16.
 
@@ -164,9 +164,13 @@ def _rows_of(row_indices: paddle.Tensor) -> tuple[np.ndarray, bool]:
 
 def _position_warnings(rows: np.ndarray, causal: bool, position_ids: paddle.Tensor | None) -> tuple[str, ...]:
     """Compare the samples that the mask separates with the places where the position ids restart."""
-    if position_ids is None or not causal:
+    if not causal:
         return ()
     batch, _, length, columns = rows.shape
+    missing = position_ids is None
+    if position_ids is None:
+        # Every model counts them from 0 then. Rotary ones see differences alone, but GPT learns each position.
+        position_ids = paddle.arange(length, dtype="int64")
     given = list(position_ids.shape)
     sequences = given[0] if len(given) == 2 else 1
     if len(given) not in (1, 2) or given[-1] != length or (sequences != batch and 1 not in (sequences, batch)):
@@ -199,7 +203,8 @@ def _position_warnings(rows: np.ndarray, causal: bool, position_ids: paddle.Tens
         row, token = late[0]
         return (
             f"token {token} of row {row} sees no earlier token, but its position is {positions[row, token]}, not 0 "
-            f"({len(late)} such tokens in the batch): do the position ids restart in every sample?",
+            f"({len(late)} such tokens in the batch): "
+            + ("the batch has no position_ids" if missing else "do the position ids restart in every sample?"),
         )
     return ()
 

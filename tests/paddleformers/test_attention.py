@@ -161,3 +161,12 @@ def test_what_is_refused():
         call(attn_mask_startend_row_indices=rows[:, :, :4])
     with pytest.raises(TypeError, match="must be an int32 tensor"):
         call(attn_mask_startend_row_indices=rows.astype("float32"))
+    call(attn_mask_startend_row_indices=rows)
+    with pytest.raises(ValueError, match="as many queries as keys, got 3 queries and 8 keys"):
+        flashmask_formers.flashmask_custom_forward(
+            layer, query[:, :, 5:], query, query, attn_mask_startend_row_indices=rows
+        )
+    layer.config = types.SimpleNamespace(tensor_model_parallel_size=2)
+    call(attn_mask_startend_row_indices=rows)
+    with pytest.raises(ValueError, match="1 head with tensor_model_parallel_size=2"):
+        call(attn_mask_startend_row_indices=rows.expand([1, 2, 8]))
