@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import time
@@ -31,11 +32,28 @@ OTHER_METHODS = (
     *("lokr_path", "reft", "neftune", "weight_quantize_algo", "use_long_sequence_strategies"),
 )
 
+# Of PaddleNLP's DataConfig and SFTConfig: what would change the samples or the evaluation in PaddleNLP's own script,
+# and what the examples do instead. Only the defaults are let through. Options that change neither (lazy,
+# pad_to_max_length, ...) are not here.
+OTHER_DATA = {
+    "task_name": "--dataset_name_or_path is a file or a folder with train.json",
+    "zero_padding": "samples always share rows of --max_length tokens",
+    "src_length": "no prompt is cut; samples of more than --max_length tokens are left out",
+    "max_seq_length": "the tokens of a row are --max_length",
+    "chat_template": "texts are used as they are; put the template into src",
+    "autoregressive": "answers are learned and prompts are not",
+    "use_pose_convert": "position ids count the tokens of each sample from 0",
+    "eval_with_do_generation": "evaluation computes the loss and generates nothing",
+    "save_generation_output": "evaluation computes the loss and generates nothing",
+}
+
 
 def parse(*classes: type) -> tuple[Any, ...]:
     """One object of each class from the command line, whose first word may be a JSON file with arguments."""
     parser = PdArgumentParser(classes)
     parser.set_defaults(logging_steps=1)  # `Watch` needs every loss; PaddleNLP's default is 500
+    if any(field.name == "zero_padding" for each in classes for field in dataclasses.fields(each)):
+        parser.set_defaults(zero_padding=True)  # PaddleNLP's default is False, and could not be told from a given one
     if len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
         parsed = parser.parse_json_file_and_cmd_lines()
     else:
@@ -43,6 +61,11 @@ def parse(*classes: type) -> tuple[Any, ...]:
     for name, given in ((name, getattr(arguments, name, None)) for arguments in parsed for name in OTHER_METHODS):
         if given:
             raise SystemExit(f"--{name}: the examples train all weights or LoRA adapters, got {given}")
+    for arguments in parsed:
+        for field in dataclasses.fields(arguments):
+            given, expected = getattr(arguments, field.name), field.name == "zero_padding" or field.default
+            if field.name in OTHER_DATA and given != expected and (given or expected):
+                raise SystemExit(f"--{field.name}: {OTHER_DATA[field.name]}; expected {expected}, got {given}")
     return parsed
 
 

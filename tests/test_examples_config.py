@@ -103,6 +103,42 @@ def test_other_ways_to_fine_tune_are_refused(given, parse):
         parse("lora-tiny-cpu", *given)
 
 
+@pytest.mark.parametrize("name", ["sft", "lora"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--chat_template", "mine.json"), "texts are used as they are; put the template into src; expected None, got"),
+        (("--src_length", "16"), "no prompt is cut; .*; expected 1024, got 16"),
+        (("--max_seq_length", "16"), "the tokens of a row are --max_length; expected 2048, got 16"),
+        (("--zero_padding", "false"), "samples always share rows of --max_length tokens; expected True, got False"),
+        (("--autoregressive", "true"), "answers are learned and prompts are not; expected False, got True"),
+        (("--use_pose_convert", "true"), "position ids count .* from 0; expected False, got True"),
+        (("--eval_with_do_generation", "true"), "evaluation computes the loss .*; expected False, got True"),
+        (("--save_generation_output", "true"), "evaluation computes the loss .*; expected False, got True"),
+        (("--task_name", "mine"), "--dataset_name_or_path is a file or a folder .*; expected None, got mine"),
+    ],
+)
+def test_data_options_that_no_example_reads_are_refused(given, message, name, parse):
+    with pytest.raises(SystemExit, match=f"{given[0]}: {message}"):
+        parse(f"{name}-tiny-cpu", *given)
+
+
+def test_data_options_of_what_is_done_anyway(parse, monkeypatch, tmp_path):
+    """As the JSON files of PaddleNLP's own scripts have them."""
+    same = {
+        "zero_padding": True,
+        "src_length": 1024,
+        "chat_template": "",
+        "eval_with_do_generation": False,
+        "lazy": False,
+        "pad_to_multiple_of": 64,
+    }
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path), "device": "cpu", **same}))
+    monkeypatch.setattr(sys, "argv", ["example", str(file)])
+    assert importlib.import_module("sft").parse_arguments()[1].zero_padding is True
+
+
 def test_sft_refuses_adapters(parse, tmp_path):
     parse("sft-tiny-cpu", "--lora", "true")  # sets the command line
     with pytest.raises(SystemExit, match=r"--lora true .* use examples/lora\.py"):

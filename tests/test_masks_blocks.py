@@ -225,6 +225,14 @@ def test_bad_tiles(tile, error, message):
         masks.block_stats(None, True, 256, tile=tile)
 
 
+@pytest.mark.parametrize("name", ["batch", "heads_q", "head_dim"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_sizes_of_statistics(name, value):
+    expected = "at least 1" if value in (0, -1) else "an integer"
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected {expected}, got {value}"):
+        masks.block_stats(None, True, 256, **{name: value})
+
+
 def test_bad_statistics_arguments():
     with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
         masks.block_stats(None, True, 256, head_dim=0)

@@ -1,5 +1,6 @@
 """SFT packing: which samples share a row, and what a batch of rows holds."""
 
+import gzip
 import logging
 
 import numpy as np
@@ -7,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddle_flashmask.paddlenlp import PackedDataset, PackingCollator, encode_pair, pack_lengths, read_pairs
+from paddle_flashmask.paddlenlp import (
+    PackedDataset,
+    PackingCollator,
+    encode_pair,
+    pack_lengths,
+    read_pairs,
+    read_preferences,
+)
 from paddle_flashmask.paddlenlp.packing import IGNORE
 
 lengths_and_room = st.integers(1, 64).flatmap(
@@ -119,6 +127,17 @@ class TestPackedDataset:
             ([{"input_ids": [1]}], TypeError, r"samples\[0\] must be a mapping with input_ids and labels"),
             ([[1, 2]], TypeError, r"samples\[0\] must be a mapping.*got list"),
             ([sample(1.5)], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers"),
+            ([sample([1], [2, 3])], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers, got list"),
+            ([sample(None)], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers, got object"),
+            ([sample(2**63)], ValueError, rf"\[0\]\['input_ids'\] must be token ids .* got {2**63} at place 0"),
+            ([sample(1, 2**64)], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers, got object"),
+            ([sample(2**31)], ValueError, rf"\['input_ids'\] must be token ids from 0 to 2\*\*31 - 1; got {2**31} at"),
+            (
+                [sample(1), sample(1, -5)],
+                ValueError,
+                r"\[1\]\['input_ids'\] must be token ids .* got -5 at place 1",
+            ),
+            ([sample(1, labels=[-1])], ValueError, r"\['labels'\] must be token ids .*, or -100; got -1 at place 0"),
             ([sample([1, 2])], TypeError, r"samples\[0\]\['input_ids'\] must be a list of integers"),
         ],
     )
@@ -207,6 +226,39 @@ class TestPackingCollator:
         with pytest.raises(TypeError, match=r"rows\[0\] must be a row of PackedDataset, with .*lengths; got list"):
             PackingCollator(7)([[1, 2]])
 
+    @pytest.mark.parametrize("mask", ["flashmask", "dense"])
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"lengths": [3, 1]},
+                ValueError,
+                r"'lengths'\] must .* the row's 5 tokens, got \[3, 1\], in all 4",
+            ),
+            ({"lengths": [3, 3]}, ValueError, r"'lengths'\] must .* got \[3, 3\], in all 6"),
+            ({"lengths": [6, -1]}, ValueError, r"'lengths'\] must be at least 1 each .* got \[6, -1\]"),
+            ({"lengths": [5, 0]}, ValueError, r"'lengths'\] must be at least 1 each .* got \[5, 0\]"),
+            ({"lengths": [3.0, 2.0]}, TypeError, r"'lengths'\] must be a list of integers, got float64"),
+            ({"labels": [7]}, ValueError, r"'labels'\] must have as many as the 5 input_ids, got 1"),
+            ({"labels": [7.5] * 5}, TypeError, r"'labels'\] must be a list of integers, got float64 of shape \[5\]"),
+            ({"labels": [[7] * 5]}, TypeError, r"'labels'\] must be a list of integers, got int64 of shape \[1, 5\]"),
+            ({"position_ids": range(6)}, ValueError, r"'position_ids'\] must have as many as the 5 input_ids, got 6"),
+            ({"input_ids": [[1], [2, 3]]}, TypeError, r"'input_ids'\] must be a list of integers, got list"),
+            ({"input_ids": None}, TypeError, r"'input_ids'\] must be a list of integers, got object"),
+        ],
+    )
+    def test_rows_that_do_not_add_up(self, mask, change, error, message):
+        with pytest.raises(error, match=r"rows\[1\]\[" + message):
+            PackingCollator(7, mask=mask)([self.rows[0], {**self.rows[0], **change}])
+
+    @pytest.mark.parametrize("mask", ["flashmask", "dense"])
+    @pytest.mark.parametrize("make", [np.ndarray.tolist, lambda array: array.astype(np.uint64)])
+    def test_rows_of_other_integers(self, make, mask):
+        row = {key: make(value) for key, value in self.rows[0].items()}
+        expected = PackingCollator(7, mask=mask)([self.rows[0]])
+        for key, value in PackingCollator(7, mask=mask)([row]).items():
+            np.testing.assert_array_equal(value, expected[key])
+
     def test_a_dense_mask_that_the_environment_drops(self, monkeypatch):
         monkeypatch.setenv("USE_CASUAL_MASK", "True")
         with pytest.raises(ValueError, match=r'mask="dense" with USE_CASUAL_MASK=True.*Unset USE_CASUAL_MASK'):
@@ -237,6 +289,35 @@ class TestEncodePair:
         assert got["input_ids"] == [1, a, b, x, y]
         assert got["labels"] == [IGNORE, IGNORE, x, y, 2]
 
+    @pytest.mark.parametrize("closes", [False, True])
+    @pytest.mark.parametrize(("prompt", "ids"), [("ab\x02", [97, 98, 2]), ("\x02", [2]), ("a\x02\x02", [97, 2, 2])])
+    def test_an_eos_of_the_prompt_itself_stays(self, closes, prompt, ids):
+        """A chat template may end a turn in it; see Qwen2's <|im_end|>."""
+        assert encode_pair(Tokenizer(closes), prompt, "x")["input_ids"] == [1, *ids, ord("x")]
+        turns = encode_pair(Tokenizer(closes), [prompt] * 2, ["x", "y"])
+        assert turns["input_ids"] == [1, *ids, ord("x"), 2, *ids, ord("y")]
+
+    @pytest.mark.parametrize(("prompt", "ids"), [("ab", [97, 98]), ("ab\x02", [97, 98, 2]), ("", [])])
+    def test_an_eos_that_is_added_once(self, prompt, ids):
+        """As T5's tokenizers do: none behind one that is there."""
+
+        class Once(Tokenizer):
+            def __call__(self, text, add_special_tokens):
+                ids = super().__call__(text, add_special_tokens=False)["input_ids"]
+                return {"input_ids": [1, *ids, *([2] if ids[-1:] != [2] else [])] if add_special_tokens else ids}
+
+        assert encode_pair(Once(), prompt, "x")["input_ids"] == [1, *ids, ord("x")]
+
+    @pytest.mark.parametrize("closes", [False, True])
+    def test_one_token_for_begin_and_end(self, closes):
+        class Same(Tokenizer):
+            def __call__(self, text, add_special_tokens):
+                ids = super().__call__(text, add_special_tokens)["input_ids"]
+                return {"input_ids": [2, *ids[1:]] if add_special_tokens else ids}
+
+        for prompt, ids in (("", []), ("\x02", [2]), ("a", [97]), ("a\x02", [97, 2])):
+            assert encode_pair(Same(closes), prompt, "x")["input_ids"] == [2, *ids, ord("x")]
+
     def test_turns(self):
         a, x, b, y = map(ord, "axby")
         got = encode_pair(Tokenizer(), ["a", "b"], ["x", "y"])
@@ -255,6 +336,8 @@ class TestEncodePair:
             (["a", "b"], ["x"], ValueError, "equally many turns, at least 1; got 2 and 1"),
             ([], [], ValueError, "at least 1"),
             (None, "x", TypeError, "source"),
+            ("a", ["x", "y\ud83d"], ValueError, "target must be Unicode text, got a lone surrogate at character 1"),
+            ("a\udc80", "x", ValueError, "source must be Unicode text, got a lone surrogate at character 1"),
             ("a", [3], TypeError, "target must be a string or a list of strings, got a list with int"),
         ],
     )
@@ -289,8 +372,43 @@ class TestReadPairs:
             ('{"src": [1], "tgt": "a"}', r"src must be a string or a list of strings, got \[1\]"),
             ('{"src": ["a", "b"], "tgt": ["x"]}', "src has 2 turns and tgt 1"),
             ('{"src": "a", "tgt": " "}', "tgt has an empty answer"),
+            (r'{"src": "a", "tgt": ["b\ud83d"]}', "tgt must be Unicode text, got a lone surrogate at character 1"),
+            pytest.param('{"src": "a", "tgt": ' + "1" * 5000 + "}", "not JSON .*4300 digits", id="digits"),
+            pytest.param("[" * 100_000, "nested too deeply", id="nested"),
         ],
     )
     def test_errors_name_file_and_line(self, tmp_path, line, message):
         with pytest.raises(ValueError, match=rf"train\.json, line 2: .*{message}"):
             self.read(tmp_path, '{"src": "a", "tgt": "b"}', line)
+
+    @pytest.mark.parametrize("read", [read_pairs, read_preferences])
+    @pytest.mark.parametrize(
+        ("line", "byte"),
+        [
+            ('{"src": "你好"}'.encode("gbk"), "0xc4 at byte 9"),
+            ('{"src": "a"}'.encode("utf-16"), "0xff at byte 0"),
+            (gzip.compress(b"{}", mtime=0), "0x8b at byte 1"),
+        ],
+        ids=["gbk", "utf-16", "gzip"],
+    )
+    def test_what_is_not_utf8(self, tmp_path, read, line, byte):
+        path = tmp_path / "train.json"
+        path.write_bytes(b"\n\r\n" + line + b"\n")
+        with pytest.raises(ValueError, match=rf"train\.json, line 3: not UTF-8 \(.*{byte}\)"):
+            list(read(path))
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_ends_of_lines(self, tmp_path, end):
+        """Unicode's other ones are part of a text."""
+        path = tmp_path / "train.json"
+        path.write_bytes(f'{{"src": "a\u2028b", "tgt": "c\x85"}}{end}{{"src": "d", "tgt": "e"}}{end}[]'.encode())
+        read = read_pairs(path)
+        assert [next(read), next(read)] == [(["a\u2028b"], ["c\x85"]), (["d"], ["e"])]
+        with pytest.raises(ValueError, match=r"train\.json, line 3: expected an object"):
+            next(read)
+
+    def test_a_byte_order_mark(self, tmp_path):
+        path = tmp_path / "train.json"
+        path.write_text('{"src": "a", "tgt": "b"}', encoding="utf-8-sig")
+        with pytest.raises(ValueError, match=r"train\.json, line 1: not JSON .*BOM"):
+            list(read_pairs(path))

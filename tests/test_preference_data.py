@@ -58,6 +58,12 @@ def test_read(tmp_path):
         ({"sort": [1, 1]}, "sort must tell better from worse"),
         ({"sort": ["1", "0"]}, "sort must be a list of numbers"),
         ({"sort": [1, float("nan")]}, "sort must be a list of numbers"),
+        ({"sort": [1, 10**400]}, "sort must be a list of numbers, got [1, 1000"),
+        ({"sort": [1, True]}, "sort must be a list of numbers"),
+        ({"response": ["x", "y\ud83d"]}, "response must be Unicode text, got a lone surrogate at character 1"),
+        ({"src": ["\ud83d"]}, "src must be Unicode text, got a lone surrogate at character 0"),
+        pytest.param(json.dumps(GOOD).replace("0", "1" * 5000), "not JSON (Exceeds the limit (4300", id="digits"),
+        pytest.param("[" * 100_000, "nested too deeply", id="nested"),
         ({"sort": ...}, "sort must be a list of numbers, got null"),
     ],
 )
@@ -83,6 +89,11 @@ def test_encode():
     assert encoded["prompt"] == [1, a, b, d, 2, c]
     assert encoded["responses"] == [[*map(ord, text), 2] for text in ("best", "w", "z")]
     assert encoded["sort"] == [2, 0, 0]
+
+
+def test_an_eos_of_the_prompt_itself_stays():
+    encoded = flashmask_nlp.encode_preference(Characters(), {**GOOD, "src": ["q\x02"]})
+    assert encoded["prompt"] == [1, ord("q"), 2]
 
 
 def test_encode_wants_eos():
@@ -121,7 +132,28 @@ def test_reward_batch():
     # Row, last token, prompt in the batch.
     places = [[0, 7, 0], [0, 11, 0], [0, 13, 0], [0, 21, 1], [0, 26, 1], [1, 17, 2], [1, 37, 2]]
     assert made["response_indexs"].tolist() == places
-    assert made["response_sort"].tolist() == [3, 2, 1, 2, 1, 2, 1]
+    assert made["response_sort"].tolist() == [2, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "sort",
+    [
+        [2**24 + 1, 2**24, 2**24],  # the same as float32
+        [2**53 + 1, 2**53, 2**53],  # the same as float64
+        [1.0000000001, 1.0, 1.0],
+        [2e39, 1e39, 1e39],  # infinite as float32
+        [1e-50, -1e-50, -1e-50],  # 0 as float32
+        np.array([7, -3, -3]),
+        np.array([7, 0, 0], np.uint8),
+    ],
+)
+def test_ranks_that_differ_are_no_ties(sort):
+    text = {"src": ["q"], "tgt": [], "response": ["x", "y", "z"], "sort": list(sort)[::-1]}
+    encoded = flashmask_nlp.encode_preference(Characters(), text) if isinstance(sort, list) else {}
+    for given in ({**sample(5, 3, 4, 2), "sort": sort}, *([encoded] if encoded else [])):
+        made = batch([given], "reward", "flashmask")
+        assert made["response_sort"].dtype == np.float32
+        assert made["response_sort"].tolist() == [1, 0, 0]
 
 
 def test_dpo_batch():
@@ -226,6 +258,40 @@ def test_nothing_is_truncated():
         (sample(2, 2), ValueError, r"samples\[1\] must have 2 responses, got 1"),
         (sample(2, 2, 2, 2), ValueError, r"samples\[1\] must have 2 responses, got 3"),
         ({**sample(2, 2, 2), "sort": [1]}, ValueError, r"samples\[1\]\['sort'\] must have a number for each"),
+        (
+            {**sample(2, 2, 2), "prompt": [[1], [2, 3]]},
+            TypeError,
+            r"samples\[1\]\['prompt'\] must be a list of integers",
+        ),
+        (
+            {**sample(2, 2, 2), "prompt": [2**63]},
+            ValueError,
+            rf"samples\[1\]\['prompt'\] must be token ids .* {2**63} at",
+        ),
+        (
+            {**sample(2, 2, 2), "responses": [[1, 2], [3, -4]]},
+            ValueError,
+            r"samples\[1\]\['responses'\]\[1\] must be token ids from 0 to 2\*\*31 - 1; got -4 at place 1",
+        ),
+        (
+            {**sample(2, 2, 2), "responses": None},
+            TypeError,
+            r"samples\[1\]\['responses'\] must be a list.*got NoneType",
+        ),
+        ({**sample(2, 2, 2), "responses": "ab"}, TypeError, r"samples\[1\]\['responses'\]\[0\] must be a list"),
+        ({**sample(2, 2, 2), "sort": None}, TypeError, r"samples\[1\]\['sort'\] must be a list.*got NoneType"),
+        *(
+            ({**sample(2, 2, 2), "sort": sort}, ValueError, r"samples\[1\]\['sort'\] must have a number for each of 2")
+            for sort in (
+                ["b", "a"],
+                ["10", "9"],
+                [None, 1],
+                [float("nan"), 1],
+                [10**400, 1],
+                [True, False],
+                [[1], [2, 3]],
+            )
+        ),
         ({**sample(2, 2, 2), "sort": [1, 1]}, ValueError, r"samples\[1\]\['sort'\] must tell better from worse"),
     ],
 )
@@ -260,8 +326,18 @@ def test_bad_collator():
         flashmask_nlp.PreferenceCollator(LENGTH, "dpo", pad_token_id=None)
     row = dict(dataset[0])
     del row["position_ids"]
-    with pytest.raises(TypeError, match=r"rows\[0\] must be a row of PreferenceDataset, with position_ids; got \["):
+    with pytest.raises(TypeError, match=r'row of PreferenceDataset\(task="dpo"\), with position_ids; got \['):
         flashmask_nlp.PreferenceCollator(LENGTH, "dpo")([row])
+
+
+@pytest.mark.parametrize(("task", "other", "lacks"), [("dpo", "reward", "labels"), ("reward", "dpo", "sort")])
+def test_rows_of_the_other_task(task, other, lacks):
+    """Their layouts differ: DPO would learn nothing from them, and a reward model would read other tokens' scores."""
+    mine, theirs = (flashmask_nlp.PreferenceDataset([sample(2, 2, 2)], LENGTH, each)[0] for each in (task, other))
+    collator = flashmask_nlp.PreferenceCollator(LENGTH, task)
+    message = rf'rows\[1\] must be a row of PreferenceDataset\(task="{task}"\), with {lacks}; got \['
+    with pytest.raises(TypeError, match=message):
+        collator([mine, theirs])
 
 
 def test_a_dense_mask_that_the_environment_drops(monkeypatch):

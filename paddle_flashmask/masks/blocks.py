@@ -119,10 +119,15 @@ def block_stats(
         head_dim: of query, key and value; None leaves the FLOPs out.
 
     Raises:
-        TypeError, ValueError: as `validate`; or a tile that is not two integers of at least 1.
+        TypeError, ValueError: as `validate`; or batch, heads_q, head_dim or a side of the tile is not an integer of at
+            least 1.
     """
     tile = _parse_tile(tile)
-    head_dim = None if head_dim is None else integer("head_dim", head_dim, 1)
+    # Here, because -1 is an axis of unknown size to `validate`.
+    batch, heads_q, head_dim = (
+        None if value is None else integer(name, value, 1)
+        for name, value in (("batch", batch), ("heads_q", heads_q), ("head_dim", head_dim))
+    )
     mask = resolve(startend_row_indices, causal, seqlen_q, seqlen_k, block_mask, window_size, batch, heads_q)
     intervals = mask.intervals()
     classes = _classify(mask, intervals, tile)

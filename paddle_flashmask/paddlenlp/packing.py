@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +17,15 @@ import numpy as np
 import paddle
 
 from ._common import (
+    integers,
     refuse_dropped_mask,
     require_choice,
     require_keys,
     require_pad_token,
     require_positive,
+    require_unicode,
     spread,
+    token_array,
     token_ids,
 )
 
@@ -42,6 +46,7 @@ def _turns(name: str, text: str | Sequence[str]) -> list[str]:
     for turn in turns:
         if not isinstance(turn, str):
             raise TypeError(f"{name} must be a string or a list of strings, got a list with {type(turn).__name__}")
+        require_unicode(name, turn)
     return list(turns)
 
 
@@ -62,7 +67,8 @@ def encode_pair(tokenizer: Any, source: str | Sequence[str], target: str | Seque
 
     Raises:
         TypeError: a turn is not a string.
-        ValueError: numbers of turns differ, no turn, an empty answer, or a tokenizer without eos.
+        ValueError: numbers of turns differ, no turn, an empty answer, a lone surrogate in a turn, or a tokenizer
+            without eos.
     """
     sources, targets = _turns("source", source), _turns("target", target)
     if not sources or len(sources) != len(targets):
@@ -183,8 +189,8 @@ class PackedDataset(paddle.io.Dataset):
 
     Raises:
         TypeError: a sample is not a mapping with integers.
-        ValueError: a sample without tokens, with labels of another length, with nothing to learn, or too long; no
-            sample at all. The message names the sample's index.
+        ValueError: a sample without tokens, with what is no token id, with labels of another length, with nothing to
+            learn, or too long; no sample at all. The message names the sample's index.
     """
 
     def __init__(
@@ -259,17 +265,10 @@ class PackedDataset(paddle.io.Dataset):
 
 def _checked_sample(index: int, sample: Any) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(sample, Mapping) or not {"input_ids", "labels"} <= set(sample):
-        got = sorted(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        got = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
         raise TypeError(f"samples[{index}] must be a mapping with input_ids and labels, got {got}")
-    arrays = []
-    for key in ("input_ids", "labels"):
-        array = np.asarray(sample[key])
-        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-            raise TypeError(
-                f"samples[{index}][{key!r}] must be a list of integers, got {array.dtype} of shape {list(array.shape)}"
-            )
-        arrays.append(array.astype(np.int64))
-    tokens, labels = arrays
+    tokens = token_array(f"samples[{index}]['input_ids']", sample["input_ids"])
+    labels = token_array(f"samples[{index}]['labels']", sample["labels"], ignored=IGNORE)
     if len(tokens) == 0:
         raise ValueError(f"samples[{index}] has no tokens")
     if len(labels) != len(tokens):
@@ -313,8 +312,9 @@ class PackingCollator:
         """Collate rows of a ``PackedDataset``.
 
         Raises:
-            TypeError: a row lacks what a ``PackedDataset`` puts into it.
-            ValueError: no row, or a row longer than ``max_length``.
+            TypeError: a row lacks what a ``PackedDataset`` puts into it, or has something else than integers there.
+            ValueError: no row, or a row longer than ``max_length``, or one whose parts differ in length: labels beyond
+                the samples' ``lengths`` would be learned from hidden tokens.
         """
         if len(rows) == 0:
             raise ValueError("rows must hold at least one row, got none")
@@ -324,14 +324,26 @@ class PackingCollator:
             "labels": np.full(shape, IGNORE, dtype=np.int64),
             "position_ids": np.zeros(shape, dtype=np.int64),
         }
+        lengths = []
         for index, row in enumerate(rows):
             require_keys(index, row, (*batch, "lengths"), "PackedDataset")
-            used = len(row["input_ids"])
+            parts = {key: integers(f"rows[{index}][{key!r}]", row[key]) for key in (*batch, "lengths")}
+            sizes = parts.pop("lengths").astype(np.int64)
+            used = len(parts["input_ids"])
             if used > self.max_length:
                 raise ValueError(f"rows[{index}] has {used} tokens, more than max_length={self.max_length}")
-            for key in batch:
-                batch[key][index, :used] = row[key]
-        lengths = [row["lengths"] for row in rows]
+            if (sizes < 1).any() or sizes.sum() != used:
+                raise ValueError(
+                    f"rows[{index}]['lengths'] must be at least 1 each and add up to the row's {used} tokens, got "
+                    f"{reprlib.repr(sizes.tolist())}, in all {sizes.sum()}"
+                )
+            for key, part in parts.items():
+                if len(part) != used:
+                    raise ValueError(
+                        f"rows[{index}][{key!r}] must have as many as the {used} input_ids, got {len(part)}"
+                    )
+                batch[key][index, :used] = part
+            lengths.append(sizes)
         if self.mask == "flashmask":
             batch["attn_mask_startend_row_indices"] = self._row_indices(lengths)
         else:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from ._common import require_positive, token_ids
+from ._common import finite, require_positive, require_unicode, token_ids
+from .data import read_lines
 
 __all__ = ["EncodedPreference", "Preference", "encode_preference", "read_preferences"]
 
@@ -54,18 +54,7 @@ def read_preferences(path: str | os.PathLike[str], responses: int | None = None)
     """
     if responses is not None and require_positive("responses", responses) < 2:
         raise ValueError(f"responses must be at least 2 or None, got {responses}")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            try:
-                yield _checked(record, responses)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+    yield from read_lines(path, lambda record: _checked(record, responses))
 
 
 def _strings(record: Mapping[str, Any], key: str) -> list[str]:
@@ -75,6 +64,8 @@ def _strings(record: Mapping[str, Any], key: str) -> list[str]:
         single = "" if key == "response" else "a string or "
         got = json.dumps(value, default=repr)[:80] if key in record or key == "tgt" else "nothing"
         raise ValueError(f"{key} must be {single}a list of strings, got {got}")
+    for text in value:
+        require_unicode(key, text)
     return list(value)
 
 
@@ -84,9 +75,7 @@ def _checked(record: Any, responses: int | None = None) -> Preference:
         raise ValueError(f"expected an object with src, tgt, response and sort, got {type(record).__name__}")
     src, tgt, response = (_strings(record, key) for key in ("src", "tgt", "response"))
     sort = record.get("sort")
-    if not isinstance(sort, (list, tuple)) or not all(
-        isinstance(rank, (int, float)) and not isinstance(rank, bool) and math.isfinite(rank) for rank in sort
-    ):
+    if not isinstance(sort, (list, tuple)) or not all(finite(rank) for rank in sort):
         raise ValueError(f"sort must be a list of numbers, got {json.dumps(sort, default=repr)[:80]}")
     if not src or len(src) != len(tgt) + 1:
         raise ValueError(f"src must have one turn more than tgt, got {len(src)} and {len(tgt)}")
@@ -136,7 +125,7 @@ def encode_preference(tokenizer: Any, sample: Mapping[str, Any]) -> EncodedPrefe
     return {
         "prompt": prompt,
         "responses": [_answer(tokenizer, checked["response"][index]) for index in order],
-        "sort": [float(checked["sort"][index]) for index in order],
+        "sort": [checked["sort"][index] for index in order],
     }
 
 

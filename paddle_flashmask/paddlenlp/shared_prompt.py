@@ -8,6 +8,7 @@ number a token: the end of the group for the prompt, the end of the branch for a
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +18,14 @@ import numpy.typing as npt
 import paddle
 
 from ._common import (
+    finite,
     refuse_dropped_mask,
     require_choice,
     require_keys,
     require_pad_token,
     require_positive,
     spread,
+    token_array,
 )
 from .packing import IGNORE, STRATEGIES, pack_lengths
 from .preference import EncodedPreference
@@ -33,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 Task = Literal["dpo", "reward"]
 Integers = npt.NDArray[np.int64]
+
+_OWN_KEY: dict[Task, str] = {"dpo": "labels", "reward": "sort"}
+"""What only the rows of this task carry: the layouts differ, so a row of one must not pass for one of the other."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,10 @@ class _Group:
 
     input_ids: Integers
     position_ids: Integers
-    labels: Integers  # next tokens in the branches of DPO, IGNORE elsewhere
+    labels: Integers  # next tokens in the branches of DPO, IGNORE elsewhere; empty for reward models
     ends: Integers  # row index of each token
     branches: Integers  # [k, 2], start and end
-    sort: npt.NDArray[np.float32]  # [k]
+    sort: npt.NDArray[np.float32]  # [k], ranks: 0 is the worst
 
 
 def _lay_out(sample: EncodedPreference, task: Task, share_prompt: bool) -> _Group:
@@ -103,16 +109,18 @@ def _lay_out(sample: EncodedPreference, task: Task, share_prompt: bool) -> _Grou
     else:
         shared, branches = (prompt, sample["responses"]) if share_prompt else ([], [])
         branches = branches or [prompt + response for response in sample["responses"]]
-        labels = [[IGNORE] * len(branch) for branch in branches]
+        labels = []
+    ranks = sorted(set(sample["sort"]))
     sizes = np.array([len(branch) for branch in branches], dtype=np.int64)
     stops = len(shared) + np.cumsum(sizes)
     return _Group(
         input_ids=np.array(sum(branches, list(shared)), dtype=np.int64),
         position_ids=np.concatenate([np.arange(len(shared)), *(len(shared) + np.arange(size) for size in sizes)]),
-        labels=np.array(sum(labels, [IGNORE] * len(shared)), dtype=np.int64),
+        labels=np.array(sum(labels, [IGNORE] * len(shared)) if labels else [], dtype=np.int64),
         ends=np.concatenate([np.full(len(shared), stops[-1]), np.repeat(stops, sizes)]),
         branches=np.stack([stops - sizes, stops], axis=1),
-        sort=np.array(sample["sort"], dtype=np.float32),
+        # Ranks: the numbers themselves may be equal, or infinite, as float32. Only their order counts.
+        sort=np.array([ranks.index(number) for number in sample["sort"]], dtype=np.float32),
     )
 
 
@@ -122,7 +130,7 @@ class PreferenceDataset(paddle.io.Dataset):
     Args:
         samples: as ``encode_preference`` gives them.
         max_length: tokens of a row. A prompt and all its answers must fit into one.
-        task: ``dpo`` (exactly two answers; rows carry labels) or ``reward`` (two or more).
+        task: ``dpo`` (exactly two answers; rows carry ``labels``) or ``reward`` (two or more; rows carry ``sort``).
         strategy: ``greedy`` or ``in_order``, see ``pack_lengths``.
         too_long: what to do with a sample that is longer than a row, or whose prompt is longer than
             ``max_prompt_length``: ``error``, or ``skip`` and log how many. None is truncated.
@@ -132,8 +140,9 @@ class PreferenceDataset(paddle.io.Dataset):
 
     Raises:
         TypeError: a sample is not a mapping with lists of integers.
-        ValueError: an argument out of range; a sample without prompt, with an empty answer, with a wrong number of
-            answers or too long; no sample at all. The message names the sample's index.
+        ValueError: an argument out of range; a sample with what is no token id, without prompt, with an empty answer,
+            with a wrong number of answers, with a ``sort`` that tells none apart, or too long; no sample at all. The
+            message names the sample's index.
     """
 
     def __init__(
@@ -204,13 +213,15 @@ class PreferenceDataset(paddle.io.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row: int64 ``input_ids``, ``labels``, ``position_ids`` and ``ends`` (row indices) ``[tokens]``;
-        ``branches`` ``[answers, 3]`` (start, end, number of the group in the row); float32 ``sort`` ``[answers]``."""
+        """One row: int64 ``input_ids``, ``position_ids`` and ``ends`` (row indices) ``[tokens]``; ``branches``
+        ``[answers, 3]`` (start, end, number of the group in the row). Only DPO has int64 ``labels`` ``[tokens]``, only
+        a reward model float32 ``sort`` ``[answers]`` (ranks in a prompt; 0 is the worst): a collator tells by these
+        which task a row is for."""
         groups = [self._groups[sample] for sample in self.rows[index]]
         starts = np.cumsum([0] + [len(group.input_ids) for group in groups])
+        own = _OWN_KEY[self.task]
         return {
             "input_ids": np.concatenate([group.input_ids for group in groups]),
-            "labels": np.concatenate([group.labels for group in groups]),
             "position_ids": np.concatenate([group.position_ids for group in groups]),
             "ends": np.concatenate([group.ends + start for group, start in zip(groups, starts, strict=False)]),
             "branches": np.concatenate(
@@ -219,7 +230,7 @@ class PreferenceDataset(paddle.io.Dataset):
                     for number, (group, start) in enumerate(zip(groups, starts, strict=False))
                 ]
             ),
-            "sort": np.concatenate([group.sort for group in groups]),
+            own: np.concatenate([getattr(group, own) for group in groups]),
         }
 
     def stats(self) -> PreferenceStats:
@@ -246,15 +257,20 @@ class PreferenceDataset(paddle.io.Dataset):
 def _checked_sample(index: int, sample: Any, task: Task) -> EncodedPreference:
     keys = {"prompt", "responses", "sort"}
     if not isinstance(sample, Mapping) or not keys <= set(sample):
-        got = sorted(sample) if isinstance(sample, Mapping) else type(sample).__name__
+        got = sorted(map(str, sample)) if isinstance(sample, Mapping) else type(sample).__name__
         raise TypeError(f"samples[{index}] must be a mapping with prompt, responses and sort, got {got}")
-    responses, sort = list(sample["responses"]), list(sample["sort"])
+    parts = {}
+    for key in ("responses", "sort"):
+        try:
+            parts[key] = list(sample[key])
+        except TypeError:
+            got = type(sample[key]).__name__
+            raise TypeError(f"samples[{index}][{key!r}] must be a list, one for each response, got {got}") from None
+    responses, sort = parts["responses"], parts["sort"]
     named = {"['prompt']": sample["prompt"], **{f"['responses'][{i}]": r for i, r in enumerate(responses)}}
     arrays = []
     for name, tokens in named.items():
-        array = np.asarray(tokens)
-        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-            raise TypeError(f"samples[{index}]{name} must be a list of integers, got {array.dtype} {list(array.shape)}")
+        array = token_array(f"samples[{index}]{name}", tokens)
         if not array.size:
             raise ValueError(f"samples[{index}]{name} has no tokens")
         arrays.append(array.tolist())
@@ -262,15 +278,16 @@ def _checked_sample(index: int, sample: Any, task: Task) -> EncodedPreference:
         raise ValueError(
             f"samples[{index}] must have {'2' if task == 'dpo' else 'at least 2'} responses, got {len(responses)}"
         )
-    if len(sort) != len(responses) or not np.isfinite(np.asarray(sort, dtype=np.float64)).all():
-        raise ValueError(f"samples[{index}]['sort'] must have a number for each of {len(responses)} responses: {sort}")
-    order = sorted(range(len(sort)), key=lambda place: -sort[place])
+    if len(sort) != len(responses) or not all(finite(number) for number in sort):
+        got = reprlib.repr(sort)
+        raise ValueError(f"samples[{index}]['sort'] must have a number for each of {len(responses)} responses: {got}")
+    order = sorted(range(len(sort)), key=lambda place: sort[place], reverse=True)  # stable
     if sort[order[0]] == sort[order[-1]]:
-        raise ValueError(f"samples[{index}]['sort'] must tell better from worse, got {sort}")
+        raise ValueError(f"samples[{index}]['sort'] must tell better from worse, got {reprlib.repr(sort)}")
     return {
         "prompt": arrays[0],
         "responses": [arrays[1 + place] for place in order],
-        "sort": [float(sort[place]) for place in order],
+        "sort": [sort[place] for place in order],
     }
 
 
@@ -284,7 +301,7 @@ class PreferenceCollator:
     - task ``dpo``: int64 ``chosen_labels`` and ``rejected_labels`` ``[b, max_length]`` (next tokens, 0 elsewhere) and
       ``response_indexs`` ``[pairs, 4]``: row, start of the chosen answer, its end and start of the rejected one, end;
     - task ``reward``: int64 ``response_indexs`` ``[answers, 3]``: row, place of the answer's last token, number of its
-      prompt in the batch; float32 ``response_sort`` ``[answers]``.
+      prompt in the batch; float32 ``response_sort`` ``[answers]``, its rank among the prompt's answers, 0 is the worst.
 
     Padding is hidden from every row and sees nothing. Both masks come from the same rows.
 
@@ -314,14 +331,14 @@ class PreferenceCollator:
         """Collate rows of a ``PreferenceDataset`` of the same task.
 
         Raises:
-            TypeError: a row lacks what a ``PreferenceDataset`` puts into it.
+            TypeError: a row lacks what a ``PreferenceDataset`` of this task puts into it; it may be of the other task.
             ValueError: no row, or a row longer than ``max_length``.
         """
         if len(rows) == 0:
             raise ValueError("rows must hold at least one row, got none")
-        needed = ("labels",) if self.task == "dpo" else ("sort",)
+        needed = ("input_ids", "position_ids", "ends", "branches", _OWN_KEY[self.task])
         for index, row in enumerate(rows):
-            require_keys(index, row, ("input_ids", "position_ids", "ends", "branches", *needed), "PreferenceDataset")
+            require_keys(index, row, needed, f'PreferenceDataset(task="{self.task}")')
             if len(row["input_ids"]) > self.max_length:
                 raise ValueError(f"rows[{index}] has {len(row['input_ids'])} tokens, more than {self.max_length}")
         batch: dict[str, np.ndarray] = {
