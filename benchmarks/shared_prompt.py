@@ -35,7 +35,6 @@ from rich.table import Table  # noqa: E402
 import paddle_flashmask.paddlenlp as flashmask_nlp  # noqa: E402
 from benchmarks import report  # noqa: E402
 
-logger.set_level("ERROR")
 VOCABULARY = 4096
 BETA = 0.1
 Batch = dict[str, Any]
@@ -108,10 +107,9 @@ def dpo_loss(model: Any, reference: Any, batch: Batch) -> paddle.Tensor:
         each = -F.cross_entropy(logits, labels.unsqueeze(-1), reduction="none").squeeze(-1)[0]
         return paddle.stack([each[start:end].sum() for pair in batch["spans"].tolist() for start, end in pair])
 
-    policy = log_probabilities(model)
-    with paddle.no_grad():
-        policy = policy - log_probabilities(reference)
-    margins = policy.reshape([-1, 2])
+    with paddle.no_grad():  # a difference taken in here would have no gradient, and backward() would do nothing
+        base = log_probabilities(reference)
+    margins = (log_probabilities(model) - base).reshape([-1, 2])
     return -F.log_sigmoid(BETA * (margins[:, 0] - margins[:, 1])).sum()
 
 
@@ -126,7 +124,9 @@ def measure(loss: Callable[[Batch], paddle.Tensor], batches: list[Batch], repeat
     """Seconds for forward and backward of all rows, one after another: the fastest of `repeats`; tokens; the loss."""
     batches = [without_padding(batch) for batch in batches]
     given = [{key: paddle.to_tensor(value) for key, value in batch.items()} for batch in batches]
-    loss(given[0]).backward()  # warms up
+    first = loss(given[0])  # warms up
+    assert not first.stop_gradient, "the loss has no gradient: backward() would do nothing"
+    first.backward()
     seconds, total = [], 0.0
     for _ in range(repeats):
         start = time.perf_counter()
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
 
+    logger.set_level("ERROR")
     flashmask_nlp.enable()
     cases = [("dpo", 2), *(("reward", answers) for answers in arguments.answers)]
     rows = [compare(task, answers, arguments) for task, answers in cases]
