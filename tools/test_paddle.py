@@ -37,33 +37,19 @@ def pins(*names: str) -> list[str]:
     return [line for line in lines if re.split("[=<>]", line)[0] in names]
 
 
-def environment(version: str) -> Path:
-    """The bin folder of the environment with this Paddle; made if it is not there."""
-    folder = ROOT / ".venvs" / f"paddle-{version}"
-    done = folder / ".installed"
-    if not done.exists():
+def environment(name: str, *packages: str) -> Path:
+    """The bin folder of an environment with these packages; made anew where it has others, or is not there."""
+    folder = ROOT / ".venvs" / name
+    done, wanted = folder / ".installed", "\n".join(packages)
+    if not done.exists() or done.read_text() != wanted:
         venv.create(folder, with_pip=True, clear=True)
-        packages = pins("setuptools", "wheel", "cmake", "ninja", "numpy", "pytest", "hypothesis")
-        run(
-            folder / "bin" / "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            f"paddlepaddle=={version}",
-            *packages,
-        )
-        done.touch()
+        run(folder / "bin" / "pip", "install", "-q", "--disable-pip-version-check", *packages)
+        done.write_text(wanted)
     return folder / "bin"
 
 
-def main() -> None:
-    """Command line: the version of paddlepaddle on PyPI."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("version", help="version of paddlepaddle, for instance 2.6.2 or 3.3.1")
-    version = parser.parse_args().version
-    if not re.fullmatch(r"\d+\.\d+\.\d+\w*", version):
-        raise SystemExit(f"VERSION: expected a version such as 2.6.2, got {version!r}")
-    bin_folder = environment(version)
+def install_and_test(bin_folder: Path, *patterns: str) -> None:
+    """Builds a copy of the sources into the environment, and runs the tests there that match, files or folders."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "paddle-flashmask"
         copy.mkdir()
@@ -76,8 +62,19 @@ def main() -> None:
         pip = (bin_folder / "pip", "install", "-q", "--disable-pip-version-check", "--force-reinstall")
         run(*pip, "--no-deps", "--no-build-isolation", ".", cwd=copy)
         shutil.rmtree(copy / "paddle_flashmask")  # the tests must import what was installed
-        tests = sorted(path for pattern in TESTS for path in (copy / "tests").glob(pattern))
+        tests = sorted(path for pattern in patterns for path in (copy / "tests").glob(pattern))
         run(bin_folder / "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=copy)
+
+
+def main() -> None:
+    """Command line: the version of paddlepaddle on PyPI."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("version", help="version of paddlepaddle, for instance 2.6.2 or 3.3.1")
+    version = parser.parse_args().version
+    if not re.fullmatch(r"\d+\.\d+\.\d+\w*", version):
+        raise SystemExit(f"VERSION: expected a version such as 2.6.2, got {version!r}")
+    packages = pins("setuptools", "wheel", "cmake", "ninja", "numpy", "pytest", "hypothesis")
+    install_and_test(environment(f"paddle-{version}", f"paddlepaddle=={version}", *packages), *TESTS)
     print(f"paddle-flashmask builds and passes on paddlepaddle {version} with Python {sys.version.split()[0]}")
 
 
