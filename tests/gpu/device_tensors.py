@@ -116,6 +116,7 @@ class Call:
         import torch
 
         if self.workspace is None or self.workspace.numel() < size:
+            self.workspace = None  # so that both are never there at once
             # 0xFF bytes are NaN, and huge counts: a kernel that reads what it did not write fails loudly.
             self.workspace = torch.full((size,), 255, dtype=torch.uint8, device=self.out.device)
         self.params.workspace = self.workspace.data_ptr() if size else None
