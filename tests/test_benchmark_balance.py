@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
 PROGRAM = """
 #include <cstdio>
 
@@ -66,6 +68,7 @@ def kernels(tmp_path_factory):
     return json.loads(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
 
 
+@needs_compiler
 def test_tiles_are_the_kernels(balance, kernels):
     mine = {
         "forward": balance.FORWARD.tiles,
@@ -77,6 +80,7 @@ def test_tiles_are_the_kernels(balance, kernels):
     assert balance.BACKWARD.unmasked_tiles == balance.BACKWARD.tiles
 
 
+@needs_compiler
 def test_groups_are_the_kernels(balance, kernels):
     mine = (balance.FORWARD.rows_of_last_group, balance.BACKWARD.rows_of_last_group, balance.BACKWARD.group_tiles)
     assert list(mine) == kernels["groups"]
