@@ -110,6 +110,8 @@ struct BackwardLayout {
   static constexpr int kSteps = kBounds + (Config::kWide ? 1 : kBoundsBuffers) * kBoundsBytes;  // one a stage of Q
   static constexpr int kWork = kSteps + Config::kQStages * 16;                                  // column tiles
   static constexpr int kItems = (kWork + kWorkSlots * 16 + 31) / 32 * 32;  // the one at work, and the next
+  // Above 128 dims, with turns: whether each warpgroup is the first to bring dQ of a row tile.
+  static constexpr int kIsFirst = kItems;
   static constexpr int kBarriers = kItems + 2 * 16;
   static constexpr int kBarrierCount = 2 * (Config::kQStages + Config::kDoStages + 2 * Config::kDsBuffers) +
                                        4 * Config::kConsumers + 2 * Config::kKeyPlaces +

@@ -1,5 +1,5 @@
-// What the backward pass above 128 dims does per query row, in kernels before (delta, lse; zeroed dQ unless that is
-// done meanwhile) and after (sums of dQ, scaled, to their storage type). Up to 128 dims: backward_row_items.cuh.
+// What the backward pass above 128 dims does per query row, in kernels before (delta, lse) and after (sums of dQ,
+// scaled, to their storage type, unless that was done meanwhile). Up to 128 dims: backward_row_items.cuh.
 #pragma once
 
 #include "../cuda/element.cuh"
@@ -36,13 +36,6 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
       dout[i] = *reinterpret_cast<const uint4*>(head_pointer<T>(op.dout, batch, head, row) + column);
     }
   }
-  if (!has_rows_meanwhile<kHeadDim>(p)) {
-    float* zeroed = p.dq_accumulator + (static_cast<int64_t>(batch_head) * p.padded_rows + first_row) * kHeadDim;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < kRowsPerBlock * kHeadDim / 4; i += kRowThreads) {
-      reinterpret_cast<float4*>(zeroed)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-  }
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int row = thread_row + i * kTogether;
@@ -71,10 +64,11 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows_kernel(const __grid_
   }
 }
 
-// For a whole warp: 16 rows, number `slab` of a head. The lane that added a fragment loads it again; four of them at a
-// time, and with kAhead, which takes registers, the next ones are on their way while these leave.
+// For a whole warp: 16 rows, number `slab` of a head; zeros if there are no sums. The lane that added a fragment loads
+// it again; four of them at a time, and with kAhead, which takes registers, the next ones are on their way while these
+// leave.
 template <typename T, int kHeadDim, bool kAhead>
-__device__ __forceinline__ void finish_slab(const KernelParams& p, int batch_head, int slab) {
+__device__ __forceinline__ void finish_slab(const KernelParams& p, int batch_head, int slab, bool has_sums) {
   using Config = BackwardConfig<kHeadDim>;
   static_assert(Config::kWide && Config::kRows == kSlabRows * 4);
   constexpr int kGroups = kHeadDim / 8, kTogether = 4;
@@ -97,8 +91,9 @@ __device__ __forceinline__ void finish_slab(const KernelParams& p, int batch_hea
 #pragma unroll 1
   for (int group = 0; group < kGroups; group += kTogether) {
     if (!kAhead) load(group);
-    const auto scaled = [&](float sum) { return sum * p.op.softmax_scale + 0.0f; };  // no zero is negative
-    uint32_t words[2][kTogether];                                                    // of two rows
+    // No zero is negative.
+    const auto scaled = [&](float sum) { return has_sums ? sum * p.op.softmax_scale + 0.0f : 0.0f; };
+    uint32_t words[2][kTogether];  // of two rows
 #pragma unroll
     for (int n = 0; n < kTogether; ++n) {
       words[0][n] = Half2<T>::pack(scaled(fragments[n].x), scaled(fragments[n].y));
@@ -122,10 +117,13 @@ __global__ void __launch_bounds__(kRowThreads) finish_rows_kernel(const __grid_c
   const int64_t number = static_cast<int64_t>(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   const int64_t row_tile = number / kSlabs;
   if (row_tile >= static_cast<int64_t>(p.op.batch) * p.op.heads_q * p.lists.row_tiles) return;
-  if (has_rows_meanwhile<kHeadDim>(p) && *sums_state(p, row_tile, 0) == kSlabs) return;
+  // With turns, how many have added; else how many warps' rows are finished.
+  const int32_t state = *sums_state(p, row_tile, 0);
+  const bool meanwhile = has_rows_meanwhile<kHeadDim>(p);
+  if (meanwhile && state == kSlabs) return;
   const int batch_head = row_tile / p.lists.row_tiles;
   const int slab = number - static_cast<int64_t>(batch_head) * p.lists.row_tiles * kSlabs;
-  if (slab * kSlabRows < p.op.seqlen_q) finish_slab<T, kHeadDim, true>(p, batch_head, slab);
+  if (slab * kSlabRows < p.op.seqlen_q) finish_slab<T, kHeadDim, true>(p, batch_head, slab, meanwhile || state > 0);
 }
 
 template <typename T, int kHeadDim>

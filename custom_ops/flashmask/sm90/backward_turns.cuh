@@ -37,7 +37,8 @@ __device__ __forceinline__ int turns_before(const KernelParams& p, int64_t mask_
 }
 
 // One warp, for all steps of a block. What the kernel for fewer dims uses to move dQ says here whose turn it is:
-// `dq_empty` that the warpgroup may add, `dq_full` that it has (the instructions are on their way).
+// `dq_empty` that the warpgroup may add, or store if it is the first; `dq_full` that it has (the instructions are on
+// their way).
 template <int kHeadDim>
 __device__ __forceinline__ void manage_turns(const KernelParams& p, uint32_t shared_base, int consumer) {
   using Config = BackwardConfig<kHeadDim>;
@@ -60,6 +61,8 @@ __device__ __forceinline__ void manage_turns(const KernelParams& p, uint32_t sha
       const int before = turns_before<Config>(p, mask.index, tile, block.column_tile);
       if (added != nullptr) count_added();
       wait_to_add(turn, before);
+      // What it overwrites was read before the step that was just counted was added.
+      if (leader) store_shared_32(shared_base + BackwardLayout<kHeadDim>::kIsFirst + consumer * 4, before == 0);
       barriers.dq_empty(consumer).arrive_warp();
       added = turn;
     });

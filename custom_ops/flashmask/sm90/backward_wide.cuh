@@ -103,15 +103,21 @@ struct WideConsumer {
     }
     wgmma_commit();
   }
-  // To global memory, without the scale.
+  // To global memory, without the scale. `stores`: in the place of what is there, which only happens with turns.
   __device__ __forceinline__ void add_piece(const KernelParams& p, const Step& step, const float (&dq)[kDqPiece][4],
-                                            int first_group) const {
+                                            int first_group, bool stores) const {
     const int tile = step.row_tile();
     float* rows = p.dq_accumulator +
                   (static_cast<int64_t>(step.batch_head) * p.padded_rows + tile * Config::kRows) * kHeadDim +
                   (first_group * kWarpgroup + thread()) * 4;
 #pragma unroll
-    for (int n = 0; n < kDqPiece; ++n) add_fragment(rows + n * kWarpgroup * 4, dq[n]);
+    for (int n = 0; n < kDqPiece; ++n) {
+      if constexpr (kDeterministic) {
+        add_or_store_fragment(rows + n * kWarpgroup * 4, dq[n], stores);
+      } else {
+        add_fragment(rows + n * kWarpgroup * 4, dq[n]);
+      }
+    }
   }
 
   // Waits for the first piece of dQ, which was issued, and adds `step`'s, unless there was no such step; meanwhile
@@ -127,6 +133,7 @@ struct WideConsumer {
     static_assert(Config::kDsBuffers == 2);
     constexpr bool kAhead = kScoresAhead && !kIsEnd;
     const bool adds = step.tile >= 0;
+    bool stores = false;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const bool is_last = i + 1 == kPieces;
@@ -135,7 +142,10 @@ struct WideConsumer {
       } else if (kAhead) {
         issue_scores();
       }
-      if (kDeterministic && i == 0 && adds) barriers().dq_empty(consumer).wait(buffer);
+      if (kDeterministic && i == 0 && adds) {
+        barriers().dq_empty(consumer).wait(buffer);
+        stores = load_shared_32(base + Layout::kIsFirst + consumer * 4) != 0;
+      }
       if (kAhead || !is_last) {
         wgmma_wait<1>();
       } else {
@@ -143,7 +153,7 @@ struct WideConsumer {
       }
       fence_registers(dq[i]);
       if (is_last) multiplied();
-      if (adds) add_piece(p, step, dq[i], first_group + i * kDqPiece);
+      if (adds) add_piece(p, step, dq[i], first_group + i * kDqPiece, stores);
     }
     if (kDeterministic && adds) barriers().dq_full(consumer).arrive_warp();
     if (kIsEnd) return;

@@ -57,7 +57,8 @@ __device__ __forceinline__ void work_on_rows(const KernelParams& p, uint32_t sha
     done = batch_head_k;
     int next = 0;  // on its way while the rows are
     if (leader) next = atomicAdd(p.finish_counter, 1);
-    finish_slab<T, kHeadDim, false>(p, batch_head, ticket - row_tiles - batch_head * p.lists.row_tiles * kSlabs);
+    const int slab = ticket - row_tiles - batch_head * p.lists.row_tiles * kSlabs;
+    finish_slab<T, kHeadDim, false>(p, batch_head, slab, true);
     if (leader) atomicAdd(sums_state(p, row_tile, 0), 1);
     ticket = __shfl_sync(kAllLanes, next, 0);
   }

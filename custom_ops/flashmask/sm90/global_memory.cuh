@@ -79,6 +79,19 @@ __device__ __forceinline__ void add_fragment(float* place, const float (&c)[4]) 
                : "memory");
 }
 
+// The same, or stored there, by predicates instead of a branch.
+__device__ __forceinline__ void add_or_store_fragment(float* place, const float (&c)[4], bool stores) {
+  asm volatile(
+      "{\n"
+      ".reg .pred stores;\n"
+      "setp.ne.b32 stores, %5, 0;\n"
+      "@stores st.global.v4.f32 [%0], {%1, %2, %3, %4};\n"
+      "@!stores red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n"
+      "}\n" ::"l"(place),
+      "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(static_cast<int>(stores))
+      : "memory");
+}
+
 // 16 bytes, at once: the compiler would take some of them apart.
 __device__ __forceinline__ void store_global_128(void* place, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "r"(words[0]), "r"(words[1]), "r"(words[2]),

@@ -45,6 +45,11 @@ inline void add_fragment(float* place, const float (&c)[4]) {
   for (int i = 0; i < 4; ++i) place[i] += c[i];
 }
 
+inline void add_or_store_fragment(float* place, const float (&c)[4], bool stores) {
+  emulator::maybe_yield();
+  for (int i = 0; i < 4; ++i) place[i] = (stores ? 0.0f : place[i]) + c[i];
+}
+
 inline void store_global_128(void* place, const uint32_t (&words)[4]) {
   if (reinterpret_cast<uintptr_t>(place) % 16 != 0) emulator::fail("a store of 16 bytes at %p", place);
   memcpy(place, words, 16);
