@@ -91,6 +91,15 @@ def decide_cuda(paddle) -> tuple[str, str]:
     return "", why
 
 
+def cache_is_good(cache: str, source_dir: Path, nvcc: str) -> bool:
+    """Whether CMake would go on from the text of an earlier build's CMakeCache.txt, with `nvcc` (empty for none)."""
+    if f"CMAKE_HOME_DIRECTORY:INTERNAL={source_dir}\n" not in cache:
+        return False  # the tree was moved or copied: CMake would refuse its own cache
+    # With another compiler CMake begins anew and forgets all options, FLASHMASK_CUDA too.
+    compiler = re.search("^CMAKE_CUDA_COMPILER:[A-Z]+=(.*)$", cache, re.MULTILINE)
+    return not nvcc or compiler is None or compiler[1] == nvcc
+
+
 class BuildExt(build_ext):
     """Puts lib/libflashmask.so, _C.so and _build_info.py into the package (in the source tree if it is editable)."""
 
@@ -141,8 +150,8 @@ class BuildExt(build_ext):
         build_dir = Path(self.build_temp).resolve() / "core"
         cache = build_dir / "CMakeCache.txt"
         source_dir = ROOT / "custom_ops"
-        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source_dir}\n" not in cache.read_text():
-            shutil.rmtree(build_dir)  # the tree was moved or copied: CMake would refuse its own cache
+        if cache.exists() and not cache_is_good(cache.read_text(), source_dir, self.nvcc):
+            shutil.rmtree(build_dir)
         build_dir.mkdir(parents=True, exist_ok=True)
         cuda_compiler = [f"-DCMAKE_CUDA_COMPILER={self.nvcc}"] if self.with_cuda else []
         configure = [
@@ -166,6 +175,8 @@ class BuildExt(build_ext):
             result = subprocess.run(command)
             if result.returncode != 0:
                 raise SystemExit(f"Building the core failed with status {result.returncode}: {shlex.join(command)}")
+            if self.with_cuda and "FLASHMASK_CUDA:BOOL=ON\n" not in cache.read_text():
+                raise SystemExit(f"CMake did not keep FLASHMASK_CUDA=ON in {cache}: delete {build_dir} and build again")
         target = Path(self.build_lib) / PACKAGE / "lib"
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build_dir / "libflashmask.so", target)

@@ -97,6 +97,44 @@ def test_cuda_decision(build_script, monkeypatch, tmp_path, asked, paddle_has_cu
         assert reason in why
 
 
+@pytest.mark.slow
+def test_the_compiler_moves(build_script, monkeypatch, tmp_path):
+    """CMake forgets its options where nvcc is another than in its cache; the library would have no CUDA kernels."""
+    nvcc = build_script["find_nvcc"]()
+    if nvcc is None:
+        pytest.skip("CMake looks at the compiler, and there is no nvcc here")
+    cache = tmp_path / "temp" / "core" / "CMakeCache.txt"
+    run_command = subprocess.run
+
+    def configure_only(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        if "--build" in command:
+            (cache.parent / "libflashmask.so").touch()
+            return subprocess.CompletedProcess(command, 0)
+        return run_command(command, **options)
+
+    def build(nvcc: str, *more: str) -> str:
+        """The cache after a build."""
+        monkeypatch.setenv("FLASHMASK_CMAKE_ARGS", " ".join(more))
+        step = SimpleNamespace(build_temp=tmp_path / "temp", build_lib=tmp_path / "lib", nvcc=nvcc, with_cuda=True)
+        build_script["BuildExt"].build_core(step)
+        return cache.read_text()
+
+    monkeypatch.setattr(subprocess, "run", configure_only)
+    for home in ("first home", "second home"):
+        (compiler := tmp_path / home / "bin" / "nvcc").parent.mkdir(parents=True)
+        compiler.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
+        compiler.chmod(0o755)
+        text = build(str(compiler))
+        assert "FLASHMASK_CUDA:BOOL=ON\n" in text
+        assert f"={compiler}\n" in text
+    kept = cache.parent / "kept"
+    kept.touch()
+    build(str(compiler))
+    assert kept.exists(), "with the same compiler what is compiled stays"
+    with pytest.raises(SystemExit, match=r"CMake did not keep FLASHMASK_CUDA=ON .* delete .* and build again"):
+        build(str(compiler), "-DFLASHMASK_CUDA=OFF")
+
+
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
