@@ -61,16 +61,31 @@ const Kernel* find_kernel(Direction direction, const FlashmaskParams& op, int ca
   return nullptr;
 }
 
-std::string missing_kernels(const FlashmaskParams& op) {
+std::string version(int capability) { return std::to_string(capability / 10) + "." + std::to_string(capability % 10); }
+
+// Why find_kernel() found none.
+std::string missing_kernels(const FlashmaskParams& op, int capability) {
   if (op.dtype == FLASHMASK_FLOAT32) {
     return "dtype: the CUDA kernels take bfloat16 and float16, got float32";
   }
   std::string dims;
+  bool any_for_device = false;
+  int oldest = kAllNewer, newest = 0;
   for (int i = 0; i < kKernelCount; ++i) {
-    const std::string dim = std::to_string(kKernels[i].head_dim);
-    if (kKernels[i].dtype == op.dtype && (" " + dims + " ").find(" " + dim + " ") == std::string::npos) {
+    const Kernel& kernel = kKernels[i];
+    oldest = std::min(oldest, kernel.min_capability);
+    newest = std::max(newest, kernel.max_capability);
+    if (capability < kernel.min_capability || capability > kernel.max_capability) continue;
+    any_for_device = true;
+    const std::string dim = std::to_string(kernel.head_dim);
+    if (kernel.dtype == op.dtype && (" " + dims + " ").find(" " + dim + " ") == std::string::npos) {
       dims += (dims.empty() ? "" : " ") + dim;
     }
+  }
+  if (!any_for_device) {
+    const std::string to = newest == kAllNewer ? " and newer" : newest > oldest ? " to " + version(newest) : "";
+    return "device: this library has CUDA kernels for compute capability " + version(oldest) + to +
+           ", the current device has " + version(capability);
   }
   const char* forced = getenv("FLASHMASK_FORCE_ARCH");
   if (forced != nullptr && *forced != 0) {
@@ -194,6 +209,7 @@ bool aligned(const FlashmaskTensor& tensor, const FlashmaskParams& op, int64_t s
 
 FlashmaskStatus cuda_failure(const char* what, cudaError_t status, std::string* error) {
   *error = std::string(what) + ": " + cudaGetErrorString(status);
+  cudaGetLastError();  // takes it out of the runtime: the thread's next launch would report it as its own
   if (status == cudaErrorMemoryAllocation) return FLASHMASK_OUT_OF_MEMORY;
   if (status == cudaErrorNoKernelImageForDevice) return FLASHMASK_NOT_BUILT;
   return FLASHMASK_DEVICE_ERROR;
@@ -304,7 +320,7 @@ FlashmaskStatus cuda_kernel_name(const FlashmaskParams& op, bool backward, std::
   if (status != FLASHMASK_OK) return status;
   const Kernel* kernel = find_kernel(backward ? Direction::kBackward : Direction::kForward, op, device.capability);
   if (kernel == nullptr) {
-    *error = missing_kernels(op);
+    *error = missing_kernels(op, device.capability);
     return FLASHMASK_NOT_BUILT;
   }
   *name = std::string("cuda ") + kernel->arch + " d" + std::to_string(kernel->head_dim);
@@ -323,7 +339,7 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   if (status != FLASHMASK_OK) return status;
   const Kernel* kernel = find_kernel(Direction::kForward, op, device.capability);
   if (kernel == nullptr) {
-    *error = missing_kernels(op);
+    *error = missing_kernels(op, device.capability);
     return FLASHMASK_NOT_BUILT;
   }
   KernelParams p = common_params(op);
@@ -353,7 +369,7 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   if (status != FLASHMASK_OK) return status;
   const Kernel* kernel = find_kernel(Direction::kBackward, op, device.capability);
   if (kernel == nullptr) {
-    *error = missing_kernels(op);
+    *error = missing_kernels(op, device.capability);
     return FLASHMASK_NOT_BUILT;
   }
   KernelParams p = common_params(op);

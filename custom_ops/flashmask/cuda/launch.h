@@ -22,6 +22,9 @@ using LaunchFunction = cudaError_t (*)(const KernelParams& params, int shared_li
 
 enum class Direction { kForward, kBackward };
 
+// A max_capability: the driver compiles the kernel's PTX for all newer devices.
+constexpr int32_t kAllNewer = 9999;
+
 // One architecture x direction x dtype x compiled head dim; head dims below it are padded on the way into shared
 // memory.
 struct Kernel {
@@ -29,7 +32,7 @@ struct Kernel {
   Direction direction;
   int32_t dtype;  // FlashmaskDtype
   int32_t head_dim;
-  int32_t min_capability, max_capability;    // 10 * major + minor of the devices that it runs on
+  int32_t min_capability, max_capability;    // 10 * major + minor of the devices that it has code for
   bool (*takes)(const FlashmaskParams& op);  // whether it does all that this call asks for
   ShapeFunction shape;
   LaunchFunction launch;

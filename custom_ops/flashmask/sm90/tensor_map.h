@@ -23,6 +23,7 @@ inline EncodeTiled find_encoder() {
 #else
     const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
+    if (status != cudaSuccess) cudaGetLastError();  // or the launch of a portable kernel would report it
     return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
                                                                          : nullptr;
   }();
