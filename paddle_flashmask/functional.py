@@ -111,6 +111,9 @@ def flashmask_attention(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong rank, size, value, device or combination. Both name the argument, what was expected and what
             came. Sizes that are unknown while a static program is built are checked when it runs.
+        NotImplementedError: the library was built without a kernel for the device, dtype or head dim.
+        MemoryError, OSError: no memory, or an error of the device. (In Paddle 2.6, NotImplementedError and MemoryError
+            are OSError or RuntimeError, too.)
     """
     for argument, given in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(argument, given)

@@ -6,6 +6,11 @@ All cases run in this one process, with a good call after each: none may crash i
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -341,6 +346,67 @@ def test_the_op_itself_refuses(bad):
     with pytest.raises((ValueError, OSError), match="flashmask_attention: "):  # OSError: Paddle 2.6
         _op.run(**{**arguments, **made(bad)})
     np.testing.assert_allclose(_op.run(**arguments)[0].numpy(), 1.0, rtol=1e-6)
+
+
+# A core that fails, and a call: argv has the status and "forward" or "backward".
+FAILING_CORE = """
+extern "C" {
+int status = 0;
+void set_status(int value) { status = value; }
+int flashmask_forward(const void*) { return status; }
+int flashmask_backward(const void*) { return status; }
+const char* flashmask_last_error() { return "what the core says"; }
+}
+"""
+FAILING_CALL = """
+import ctypes, sys
+import paddle
+from paddle_flashmask import flashmask_attention
+
+library, status, direction = sys.argv[1:]
+query = paddle.ones([1, 8, 2, 8])
+query.stop_gradient = False
+out = flashmask_attention(query, query, query) if direction == "backward" else None
+ctypes.CDLL(library).set_status(int(status))
+try:
+    out.sum().backward() if direction == "backward" else flashmask_attention(query, query, query)
+except Exception as error:
+    print(type(error).__mro__, error)
+"""
+
+
+@pytest.fixture(scope="module")
+def failing_core(tmp_path_factory) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    source = tmp_path_factory.mktemp("core") / "failing.cc"
+    source.write_text(FAILING_CORE)
+    library = source.with_suffix(".so")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("status", "exception"),
+    [
+        (1, "ValueError"),
+        (2, "NotImplementedError"),
+        (3, "OSError"),
+        (4, "MemoryError"),
+    ],
+)
+def test_failures_of_the_core_have_their_class(failing_core, status, exception, direction):
+    """The statuses of flashmask.h that no call on this machine gives: a library loaded before the core's gives them."""
+    command = [sys.executable, "-c", FAILING_CALL, failing_core, str(status), direction]
+    environment = {**os.environ, "LD_PRELOAD": str(failing_core)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "what the core says" in ran.stdout, ran.stdout
+    if hasattr(paddle._C_ops, "_run_custom_op"):  # Paddle 2.6 knows OSError and RuntimeError only
+        assert f"'{exception}'" in ran.stdout
 
 
 def test_wild_row_indices_are_clipped():

@@ -22,15 +22,24 @@ std::string concat(const Parts&... parts) {
   return text.str();
 }
 
-// Paddle 3 turns its InvalidArgument into ValueError. Paddle 2.6 keeps that macro in a header that needs cuDNN in a GPU
-// build; there the error becomes OSError or RuntimeError.
-[[noreturn]] inline void fail(const std::string& message) {
+// Paddle 3 turns these into the Python exceptions that paddle_flashmask._core raises, but External, which becomes
+// OSError: ValueError, NotImplementedError, MemoryError. Paddle 2.6 keeps that macro in a header that needs cuDNN in a
+// GPU build; there all become OSError or RuntimeError.
+[[noreturn]] inline void fail_as(FlashmaskStatus status, const std::string& message) {
 #ifdef PADDLE_THROW
-  PADDLE_THROW(common::errors::InvalidArgument("flashmask_attention: %s", message));
+  namespace errors = common::errors;
+  const char* const format = "flashmask_attention: %s";
+  if (status == FLASHMASK_NOT_BUILT) PADDLE_THROW(errors::Unimplemented(format, message));
+  if (status == FLASHMASK_OUT_OF_MEMORY) PADDLE_THROW(errors::ResourceExhausted(format, message));
+  if (status == FLASHMASK_DEVICE_ERROR) PADDLE_THROW(errors::External(format, message));
+  PADDLE_THROW(errors::InvalidArgument(format, message));
 #else
+  static_cast<void>(status);
   PD_THROW("flashmask_attention: ", message);
 #endif
 }
+
+[[noreturn]] inline void fail(const std::string& message) { fail_as(FLASHMASK_INVALID_ARGUMENT, message); }
 
 template <typename... Parts>
 void expect(bool condition, const Parts&... parts) {

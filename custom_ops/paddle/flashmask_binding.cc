@@ -93,11 +93,11 @@ struct Call {
 #ifdef PADDLE_WITH_CUDA
       params.stream = reinterpret_cast<void*>(query.stream());
 #else
-      fail("this build holds no CUDA kernels, but query is on " + query.place().DebugString() +
-           "; rebuild paddle-flashmask where nvcc is installed");
+      fail_as(FLASHMASK_NOT_BUILT, "this build holds no CUDA kernels, but query is on " + query.place().DebugString() +
+                                       "; rebuild paddle-flashmask where nvcc is installed");
 #endif
-    } else {
-      expect(query.is_cpu(), "there is no kernel for ", query.place().DebugString());
+    } else if (!query.is_cpu()) {
+      fail_as(FLASHMASK_NOT_BUILT, "there is no kernel for " + query.place().DebugString());
     }
   }
 
@@ -110,7 +110,8 @@ struct Call {
       params.workspace = workspace.data<uint8_t>();
       params.workspace_bytes = bytes;
     }
-    if (kernel(&params) != FLASHMASK_OK) fail(flashmask_last_error());
+    const FlashmaskStatus status = kernel(&params);
+    if (status != FLASHMASK_OK) fail_as(status, flashmask_last_error());
   }
 };
 
