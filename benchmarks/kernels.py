@@ -6,6 +6,11 @@
 
 Each rival runs in a process of its own. Results go to --out as JSON, after every case, and to the terminal as a table.
 Rivals take turns: in the next round, and in the next case, the last is the first, so that heat and clocks favour none.
+
+Each case's results (output, gradients; 4,096 values of each) are compared with those of its first rival that was
+measured, ours unless --rivals says otherwise: `difference` is the largest ||a - b|| / ||b||. Where it is NaN or more
+than rounding explains, the end of the output says so and the status is 1: something computes another thing, and its
+time means nothing. A mistake in a few of very many values is not found so; that is what the tests are for.
 """
 
 from __future__ import annotations
@@ -44,6 +49,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Of one answer, compilation of a variant included; after that the process is ended, which costs one figure.
 PATIENCE_SECONDS = 240.0
+# What `difference` may be. Rivals round P and dS to 16 bits in different places; 0.0052 is the largest that
+# benchmarks/results has, all in bfloat16. In float32 only the order of sums differs; there it is 1.8e-6.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.02}
 # On a device, before the first measurement: clocks and temperature as under load.
 WARM_UP_SECONDS = 3.0
 
@@ -260,6 +268,7 @@ def main() -> None:
         pools[0].ask(next(iter(pools[0].number)), WARM_UP_SECONDS)
     rows: list[dict[str, Any]] = []
     not_measured: list[dict[str, Any]] = []
+    different: list[str] = []
     versions: dict[str, Any] = {}
     machine["versions"] = versions
     result = report.header(arguments.device, recorded_command(), machine)
@@ -286,6 +295,10 @@ def main() -> None:
             reference = reference or sampled  # the first rival's: ours, unless --rivals says otherwise
             entry["difference"] = float(f"{measure.largest_difference(sampled, reference):.2g}")
             rows.append(entry)
+            if not entry["difference"] <= LARGEST_DIFFERENCE[case.dtype]:  # NaN, too
+                different.append(
+                    "different results: {rival} on {mask}, {seqlen}, d = {head_dim}: {difference}".format(**entry)
+                )
         report.write(arguments.out, result)  # a run that is ended leaves what it has
     for pool in pools:
         pool.close()
@@ -297,6 +310,12 @@ def main() -> None:
         if not entry["reason"].startswith(("takes no mask", "no mask to hold")):
             print("not measured: {rival} on {mask}, {seqlen}, d = {head_dim}: {reason}".format(**entry))
     print(f"written to {arguments.out} after {time.monotonic() - started:.0f} s")
+    if different:
+        print("\n".join(different), flush=True)
+        limit = LARGEST_DIFFERENCE[arguments.dtype]
+        raise SystemExit(
+            f"{len(different)} of {len(rows)} differ by more than {limit} ({arguments.dtype}) from the first rival"
+        )
 
 
 def _place(case: Case) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -93,6 +93,69 @@ def test_rounds_alternate_and_a_failure_is_not_repeated(kernels, case):
     assert answers["a"] == {"fwd_ms": 3.0, "bwd_ms": None, "runs": [5, 0], "peak_mib": 1.0}
     assert answers["b"] == {"failed": "it broke"}
     assert answers["c"]["fwd_ms"] == 6.0
+
+
+class FakeRival(FakePool):
+    """A pool that main() makes: every case gets the results that `found` has for the rival, one after the other."""
+
+    found: ClassVar[dict[str, list[list[float]]]] = {}
+    number = to_compile = None
+
+    def __init__(self, device: str, rival: str, cases: list[Any], processes: int) -> None:
+        given = [{**answer(1.0), "versions": {}, "sample": {"out": values}} for values in self.found[rival]]
+        super().__init__(rival, [], given)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "second", "differences"),
+    [
+        ("bfloat16", [[1.0, 2.01], [3.0, 4.0]], []),
+        ("bfloat16", [[1.0, 2.2], [3.0, 4.0]], ["sdpa on causal, 128, d = 64: 0.089"]),
+        ("float16", [[1.0, 2.0], [3.0, float("nan")]], ["sdpa on document, 128, d = 64: nan"]),
+        ("float32", [[1.0, 2.0], [3.0, 4.001]], ["sdpa on document, 128, d = 64: 0.0002"]),
+        ("float32", [[float("inf"), 2.0], [4.0, 3.0]], ["sdpa on causal, 128, d = 64: inf", "sdpa on document"]),
+    ],
+)
+def test_other_results_are_a_failure(kernels, monkeypatch, tmp_path, capsys, dtype, second, differences):
+    """Said at the end, when everything has been measured and written."""
+    monkeypatch.setattr(FakeRival, "found", {"ours": [[1.0, 2.0], [3.0, 4.0]], "sdpa": second})
+    status, printed, rows = run_with_fakes(kernels, monkeypatch, tmp_path, capsys, dtype)
+    assert len(rows) == 4
+    assert bool(status) == bool(differences)
+    assert printed.count("different results: ") == len(differences)
+    for each in differences:
+        assert f"different results: {each}" in printed
+    if differences:
+        assert status.startswith(f"{len(differences)} of 4 differ by more than")
+
+
+def test_nan_of_the_first_rival_is_a_failure(kernels, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(FakeRival, "found", {"ours": [[float("nan")], [1.0]], "sdpa": [[1.0], [1.0]]})
+    status, printed, _ = run_with_fakes(kernels, monkeypatch, tmp_path, capsys, "bfloat16")
+    assert status
+    assert "different results: ours on causal, 128, d = 64: nan" in printed
+
+
+def run_with_fakes(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> tuple[Any, str, list[dict[str, Any]]]:
+    """main() on two masks: how it ended, what it printed, the rows that it wrote."""
+    monkeypatch.setattr(kernels, "Pool", FakeRival)
+    monkeypatch.setattr(kernels.report, "numpy_sgemm_tflops", lambda: 1.0)
+    out = tmp_path / "kernels.json"
+    options = ["--masks", "causal,document", "--seqlens", "128", "--head-dims", "64", "--dtype", dtype]
+    monkeypatch.setattr(
+        sys, "argv", ["kernels.py", "--device", "cpu", "--rivals", "ours,sdpa", *options, "--out", str(out)]
+    )
+    status = None
+    try:
+        kernels.main()
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().out, json.loads(out.read_text())["rows"]
 
 
 def test_variants_are_dealt_out(kernels, load):
