@@ -66,7 +66,12 @@ class TestPackLengths:
         [
             (([1, 11], 10), ValueError, r"lengths\[1\]=11"),
             (([0], 10), ValueError, r"lengths\[0\]=0"),
-            (([[1]], 10), ValueError, "one-dimensional"),
+            (([[1]], 10), TypeError, r"lengths must be a list of integers, got int64 of shape \[1, 1\]"),
+            (([3, 2.7], 10), TypeError, "lengths must be a list of integers, got float64"),
+            ((np.array([3.0, 2.0]), 10), TypeError, "lengths must be a list of integers, got float64"),
+            (([True, False], 10), TypeError, "lengths must be a list of integers, got bool"),
+            ((["3"], 10), TypeError, "lengths must be a list of integers, got"),
+            (([2**63], 10), ValueError, rf"lengths\[0\]={2**63}"),
             (([1], 0), ValueError, "max_length must be at least 1, got 0"),
             (([1], 2.5), TypeError, "max_length must be an integer, got float"),
             (([1], 10, "best"), ValueError, "strategy must be one of greedy, in_order, got 'best'"),
@@ -215,6 +220,9 @@ class TestPackingCollator:
             PackingCollator(4, pad_token_id=None)
         with pytest.raises(TypeError, match=r"pad_token_id must be an integer, got str$"):
             PackingCollator(4, pad_token_id="<pad>")
+        for wrong in (-1, 2**31):
+            with pytest.raises(ValueError, match=rf"pad_token_id must be a token id .*, got {wrong}\. .*eos_token_id"):
+                PackingCollator(4, pad_token_id=wrong)
         with pytest.raises(ValueError, match="max_length must be at least 1"):
             PackingCollator(0)
 

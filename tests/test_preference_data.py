@@ -320,10 +320,12 @@ def test_bad_collator():
     dataset = flashmask_nlp.PreferenceDataset([sample(2, 2, 2)], LENGTH, "dpo")
     with pytest.raises(ValueError, match="at least one row"):
         flashmask_nlp.PreferenceCollator(LENGTH, "dpo")([])
-    with pytest.raises(ValueError, match=r"rows\[0\] has 5 tokens, more than 4"):
+    with pytest.raises(ValueError, match=r"rows\[0\] has 5 tokens, more than max_length=4"):
         flashmask_nlp.PreferenceCollator(4, "dpo")([dataset[0]])
     with pytest.raises(TypeError, match=r"pad_token_id must be an integer, got NoneType.*tokenizer\.eos_token_id"):
         flashmask_nlp.PreferenceCollator(LENGTH, "dpo", pad_token_id=None)
+    with pytest.raises(ValueError, match=r"pad_token_id must be a token id .*, got -1\. .*tokenizer\.eos_token_id"):
+        flashmask_nlp.PreferenceCollator(LENGTH, "dpo", pad_token_id=-1)
     row = dict(dataset[0])
     del row["position_ids"]
     with pytest.raises(TypeError, match=r'row of PreferenceDataset\(task="dpo"\), with position_ids; got \['):
@@ -338,6 +340,89 @@ def test_rows_of_the_other_task(task, other, lacks):
     message = rf'rows\[1\] must be a row of PreferenceDataset\(task="{task}"\), with {lacks}; got \['
     with pytest.raises(TypeError, match=message):
         collator([mine, theirs])
+
+
+def changed(key, change):
+    """A row with prompts of 3 and 2 tokens, two answers each, changed in `key`."""
+
+    def make(task):
+        row = flashmask_nlp.PreferenceDataset([sample(3, 2, 2), sample(2, 4, 3)], LENGTH, task, "in_order")[0]
+        return {**row, key: change(np.array(row[key]))}
+
+    return make
+
+
+def put(place, value):
+    def change(array):
+        array[place] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        (
+            changed("input_ids", lambda a: a[:-1]),
+            ValueError,
+            r"\['position_ids'\] must have as many as the \d+ input_ids",
+        ),
+        (changed("position_ids", lambda a: a[:-1]), ValueError, r"\['position_ids'\] must have as many as the .*, got"),
+        (changed("ends", lambda a: a[:-1]), ValueError, r"\['ends'\] must have as many as the \d+ input_ids, got"),
+        (
+            changed("input_ids", lambda a: a + 0.5),
+            TypeError,
+            r"\['input_ids'\] must be a list of integers, got float64",
+        ),
+        (changed("ends", put(0, 1)), ValueError, r"\['ends'\] must be .*; expected \d+ at place 0, got 1$"),
+        (changed("ends", put(-1, 99)), ValueError, r"\['ends'\] must be .*; expected \d+ at place \d+, got 99$"),
+        (
+            changed("branches", lambda a: a[:0]),
+            ValueError,
+            r"\['branches'\] must be \[start, end, prompt\] .*; got \[\]$",
+        ),
+        (changed("branches", lambda a: a[:-1]), ValueError, r"\['branches'\] must be"),
+        (changed("branches", lambda a: a[:, :2]), ValueError, r"\['branches'\] must be"),
+        (changed("branches", lambda a: a + 0.0), ValueError, r"\['branches'\] must be"),
+        (changed("branches", lambda a: a[[1, 0, 2, 3]]), ValueError, r"\['branches'\] must be"),
+        (changed("branches", put((0, 0), -1)), ValueError, r"\['branches'\] must be"),
+        (changed("branches", put((3, 1), 40)), ValueError, r"\['branches'\] must be"),
+        (changed("branches", put((1, 0), 6)), ValueError, r"\['branches'\] must be"),
+        (changed("branches", put((slice(2, 4), 2), 2)), ValueError, r"\['branches'\] must be"),
+        (changed("branches", put((slice(0, 2), 2), -1)), ValueError, r"\['branches'\] must be"),
+    ],
+)
+def test_rows_that_do_not_add_up(task, row, error, message):
+    good = flashmask_nlp.PreferenceDataset([sample(2, 2, 2)], LENGTH, task)[0]
+    with pytest.raises(error, match=r"^rows\[1\]" + message):
+        flashmask_nlp.PreferenceCollator(LENGTH, task)([good, row(task)])
+
+
+def test_rows_that_lack_a_part_of_their_task():
+    with pytest.raises(ValueError, match=r"^rows\[0\]\['labels'\] must have as many as the \d+ input_ids"):
+        flashmask_nlp.PreferenceCollator(LENGTH, "dpo")([changed("labels", lambda a: a[1:])("dpo")])
+    with pytest.raises(
+        ValueError, match=r"^rows\[0\]\['sort'\] must be a number for each of 4 answers, got shape \[3\]"
+    ):
+        flashmask_nlp.PreferenceCollator(LENGTH, "reward")([changed("sort", lambda a: a[1:])("reward")])
+    three = flashmask_nlp.PreferenceDataset([sample(2, 2, 2, 2), sample(2, 2, 2, 2)], LENGTH, "reward")[0]
+    with pytest.raises(ValueError, match=r"^rows\[0\]\['branches'\] must be .* of two answers for each prompt"):
+        flashmask_nlp.PreferenceCollator(LENGTH, "dpo")([{**three, "labels": three["input_ids"]}])
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_every_row_of_a_dataset_is_taken(share_prompt):
+    random = np.random.default_rng(11)
+    samples = [sample(int(random.integers(1, 5)), *random.integers(1, 4, random.integers(2, 4))) for _ in range(200)]
+    for task in ("reward", "dpo") if share_prompt else ("reward",):
+        mine = [each for each in samples if task == "reward" or len(each["responses"]) == 2]
+        dataset = flashmask_nlp.PreferenceDataset(mine, LENGTH, task, share_prompt=share_prompt)
+        rows = [dataset[index] for index in range(len(dataset))]
+        made = flashmask_nlp.PreferenceCollator(LENGTH, task)(rows)
+        for row, ends in zip(rows, made["attn_mask_startend_row_indices"][:, 0], strict=True):
+            np.testing.assert_array_equal(ends[: len(row["ends"])], row["ends"])
 
 
 def test_a_dense_mask_that_the_environment_drops(monkeypatch):

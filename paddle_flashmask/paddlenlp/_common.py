@@ -39,13 +39,13 @@ def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def require_pad_token(value: Any) -> int:
+    hint = "If the tokenizer has no pad token, pass tokenizer.eos_token_id: padding is masked, any token will do"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        hint = (
-            ". If the tokenizer has no pad token, pass tokenizer.eos_token_id: padding is masked, any token will do"
-            if value is None
-            else ""
+        raise TypeError(
+            f"pad_token_id must be an integer, got {type(value).__name__}{f'. {hint}' if value is None else ''}"
         )
-        raise TypeError(f"pad_token_id must be an integer, got {type(value).__name__}{hint}")
+    if not 0 <= value < 2**31:  # no row of an embedding
+        raise ValueError(f"pad_token_id must be a token id from 0 to 2**31 - 1, got {value}. {hint}")
     return int(value)
 
 

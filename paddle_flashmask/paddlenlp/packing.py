@@ -107,13 +107,12 @@ def pack_lengths(
         For each row the indices of its samples. Every index appears once.
 
     Raises:
-        TypeError, ValueError: ``max_length``, ``strategy`` or a length is out of range.
+        TypeError: ``lengths`` is not a list of integers, or ``max_length`` none.
+        ValueError: ``max_length``, ``strategy`` or a length is out of range.
     """
     max_length = require_positive("max_length", max_length)
     require_choice("strategy", strategy, STRATEGIES)
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if sizes.ndim != 1:
-        raise ValueError(f"lengths must be one-dimensional, got shape {list(sizes.shape)}")
+    sizes = integers("lengths", lengths)
     if sizes.size and (sizes.min() < 1 or sizes.max() > max_length):
         worst = int(np.argmax((sizes < 1) | (sizes > max_length)))
         raise ValueError(f"lengths must be from 1 to max_length={max_length}, got lengths[{worst}]={sizes[worst]}")

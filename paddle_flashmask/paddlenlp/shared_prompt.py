@@ -19,6 +19,7 @@ import paddle
 
 from ._common import (
     finite,
+    integers,
     refuse_dropped_mask,
     require_choice,
     require_keys,
@@ -291,6 +292,24 @@ def _checked_sample(index: int, sample: Any, task: Task) -> EncodedPreference:
     }
 
 
+def _ends(branches: np.ndarray, used: int, pairs: bool) -> Integers | None:
+    """The row index of each of a row's tokens, or None where a dataset makes no such branches."""
+    if branches.ndim != 2 or branches.shape[1] != 3 or not np.issubdtype(branches.dtype, np.integer):
+        return None
+    starts, stops, prompts = branches.astype(np.int64).T
+    before = np.concatenate([[0], stops])[:-1]  # where the branch before ends
+    first = np.diff(prompts, prepend=-1) == 1  # of its prompt, which may lie in front of it
+    follows = (starts == before) & (np.diff(prompts, prepend=-1) == 0)
+    good = np.where(first, starts >= before, follows) & (stops > starts)
+    if not (good.all() and len(good) and first[0] and stops[-1] == used):
+        return None
+    if pairs and first.tolist() != [True, False] * (len(first) // 2):
+        return None
+    of_prompts = stops[np.append(first[1:], True)]  # the end of each prompt's last branch
+    sizes = np.stack([starts - before, stops - starts], axis=1)
+    return np.repeat(np.stack([of_prompts[prompts], stops], axis=1).ravel(), sizes.ravel())
+
+
 class PreferenceCollator:
     """Batches of a ``PreferenceDataset``'s rows, padded to ``max_length``, for ``DPOTrainer`` and ``RewardTrainer``.
 
@@ -332,15 +351,12 @@ class PreferenceCollator:
 
         Raises:
             TypeError: a row lacks what a ``PreferenceDataset`` of this task puts into it; it may be of the other task.
-            ValueError: no row, or a row longer than ``max_length``.
+            ValueError: no row, or a row longer than ``max_length``, or one whose parts do not fit together: labels or
+                scores would be those of other tokens.
         """
         if len(rows) == 0:
             raise ValueError("rows must hold at least one row, got none")
-        needed = ("input_ids", "position_ids", "ends", "branches", _OWN_KEY[self.task])
-        for index, row in enumerate(rows):
-            require_keys(index, row, needed, f'PreferenceDataset(task="{self.task}")')
-            if len(row["input_ids"]) > self.max_length:
-                raise ValueError(f"rows[{index}] has {len(row['input_ids'])} tokens, more than {self.max_length}")
+        rows = [self._checked(index, row) for index, row in enumerate(rows)]
         batch: dict[str, np.ndarray] = {
             "input_ids": self._padded(rows, "input_ids", self.pad_token_id),
             "position_ids": self._padded(rows, "position_ids", 0),
@@ -353,6 +369,41 @@ class PreferenceCollator:
             place = np.arange(self.max_length)
             batch["attention_mask"] = ((place[:, None] >= place) & (place[:, None] < ends[:, None]))[:, None]
         return {**batch, **(self._pairs(rows) if self.task == "dpo" else self._answers(rows))}
+
+    def _checked(self, index: int, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The parts of a row, which fit together."""
+        by_token = ("input_ids", "position_ids", "ends", *(["labels"] if self.task == "dpo" else []))
+        by_answer = ("branches", *(["sort"] if self.task == "reward" else []))
+        require_keys(index, row, (*by_token, *by_answer), f'PreferenceDataset(task="{self.task}")')
+        parts = {key: integers(f"rows[{index}][{key!r}]", row[key]) for key in by_token}
+        used = len(parts["input_ids"])
+        if used > self.max_length:
+            raise ValueError(f"rows[{index}] has {used} tokens, more than max_length={self.max_length}")
+        for key, part in parts.items():
+            if len(part) != used:
+                raise ValueError(f"rows[{index}][{key!r}] must have as many as the {used} input_ids, got {len(part)}")
+        parts["branches"] = branches = np.asarray(row["branches"])
+        ends = _ends(branches, used, pairs=self.task == "dpo")
+        if ends is None:
+            two = "two " if self.task == "dpo" else ""
+            raise ValueError(
+                f"rows[{index}]['branches'] must be [start, end, prompt] of {two}answers for each prompt, one after "
+                f"the other, up to the end of the row's {used} tokens; got {reprlib.repr(branches.tolist())}"
+            )
+        if (wrong := parts["ends"] != ends).any():
+            place = int(wrong.argmax())
+            raise ValueError(
+                f"rows[{index}]['ends'] must be the ends of the branches, and of the last one for a prompt; expected "
+                f"{ends[place]} at place {place}, got {parts['ends'][place]}"
+            )
+        if self.task == "reward":
+            parts["sort"] = np.asarray(row["sort"])
+            if parts["sort"].shape != (len(branches),):
+                raise ValueError(
+                    f"rows[{index}]['sort'] must be a number for each of {len(branches)} answers, got shape "
+                    f"{list(parts['sort'].shape)}"
+                )
+        return parts
 
     def _padded(self, rows: Sequence[Mapping[str, np.ndarray]], key: str, value: int) -> Integers:
         out = np.full((len(rows), self.max_length), value, dtype=np.int64)
