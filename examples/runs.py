@@ -47,6 +47,21 @@ OTHER_DATA = {
     "save_generation_output": "evaluation computes the loss and generates nothing",
 }
 
+# The same of PaddleNLP's ModelConfig: what its own script does to the model, or with it. Not here are options that say
+# how something is done that is refused or off (vera_rank, strategy_name, aistudio_repo_id, ...).
+OTHER_MODEL = {
+    **dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob"), "dropout is what the model's config.json says"
+    ),
+    **dict.fromkeys(
+        ("fuse_attention_qkv", "fuse_attention_ffn", "use_fast_layer_norm"),
+        "which weights and layers are fused is what the model's config.json says",
+    ),
+    "continue_training": "--model_name_or_path always starts from its weights; without it a small model is random",
+    "from_aistudio": "--model_name_or_path is a folder, or a name on another hub",
+    "save_to_aistudio": "the model is saved to --output_dir only",
+}
+
 
 def parse(*classes: type) -> tuple[Any, ...]:
     """One object of each class from the command line, whose first word may be a JSON file with arguments."""
@@ -64,8 +79,9 @@ def parse(*classes: type) -> tuple[Any, ...]:
     for arguments in parsed:
         for field in dataclasses.fields(arguments):
             given, expected = getattr(arguments, field.name), field.name == "zero_padding" or field.default
-            if field.name in OTHER_DATA and given != expected and (given or expected):
-                raise SystemExit(f"--{field.name}: {OTHER_DATA[field.name]}; expected {expected}, got {given}")
+            instead = OTHER_DATA.get(field.name) or OTHER_MODEL.get(field.name)
+            if instead and given != expected and (given or expected):
+                raise SystemExit(f"--{field.name}: {instead}; expected {expected}, got {given}")
     return parsed
 
 

@@ -123,7 +123,48 @@ def test_data_options_that_no_example_reads_are_refused(given, message, name, pa
         parse(f"{name}-tiny-cpu", *given)
 
 
-def test_data_options_of_what_is_done_anyway(parse, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--hidden_dropout_prob", "0.0"), "dropout is what the model's config.json says; expected 0.1, got 0.0"),
+        (("--attention_probs_dropout_prob", "0.2"), "dropout is what .*; expected 0.1, got 0.2"),
+        (("--fuse_attention_qkv", "true"), "which weights and layers are fused .*; expected None, got True"),
+        (("--fuse_attention_ffn", "true"), "which weights and layers are fused .*; expected None, got True"),
+        (("--use_fast_layer_norm", "true"), "which weights and layers are fused .*; expected False, got True"),
+        (("--continue_training", "false"), "--model_name_or_path always starts from .*; expected True, got False"),
+        (("--from_aistudio", "true"), "--model_name_or_path is a folder, or .*; expected False, got True"),
+        (("--save_to_aistudio", "true"), "the model is saved to --output_dir only; expected False, got True"),
+    ],
+)
+def test_model_options_that_no_example_reads_are_refused(given, message, name, parse):
+    with pytest.raises(SystemExit, match=f"{given[0]}: {message}"):
+        parse(f"{name}-tiny-cpu", *given)
+
+
+def test_every_model_option_is_read_or_refused_or_without_effect(parse):
+    """So that none is passed over in silence when PaddleNLP gets another."""
+    from paddlenlp.trl import ModelConfig
+
+    runs = importlib.import_module("runs")
+    sources = "".join(file.read_text() for file in EXAMPLES.glob("*.py"))
+    read = {field.name for field in dataclasses.fields(ModelConfig) if f"model_args.{field.name}" in sources}
+    of_others = {  # say how something is done that is refused
+        "weight_quantize_algo": {"weight_blocksize", "weight_double_quant", "weight_double_quant_block_size"},
+        "vera": {"vera_rank"},
+        "lokr": {"lokr_dim"},
+        "prefix_tuning": {"num_prefix_tokens"},
+        "neftune": {"neftune_noise_alpha"},
+        "use_long_sequence_strategies": {"rope_scaling_factor", "strategy_type", "strategy_name"},
+        "save_to_aistudio": {f"aistudio_{name}" for name in ("repo_id", "repo_private", "repo_license", "token")},
+    }
+    refused = {*runs.OTHER_METHODS, *runs.OTHER_MODEL}
+    assert of_others.keys() <= refused
+    known = read | refused | set().union(*of_others.values()) | {"flash_mask"}  # enable_from_args reads it
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == known
+
+
+def test_options_of_what_is_done_anyway(parse, monkeypatch, tmp_path):
     """As the JSON files of PaddleNLP's own scripts have them."""
     same = {
         "zero_padding": True,
@@ -131,6 +172,9 @@ def test_data_options_of_what_is_done_anyway(parse, monkeypatch, tmp_path):
         "chat_template": "",
         "eval_with_do_generation": False,
         "lazy": False,
+        "hidden_dropout_prob": 0.1,
+        "fuse_attention_qkv": False,
+        "vera_rank": 4,
         "pad_to_multiple_of": 64,
     }
     file = tmp_path / "theirs.json"
