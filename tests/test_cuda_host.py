@@ -27,6 +27,10 @@ class Fake(_core.Library):
     def device(self, capability: int) -> None:
         self._library.fake_device(capability)
 
+    def memory(self, device: int) -> None:
+        """Of which device all memory is."""
+        self._library.fake_memory(device)
+
     def fail(self, call: str, error: int) -> None:
         """The next call of this name fails."""
         self._library.fake_failure(call.encode(), error)
@@ -164,6 +168,7 @@ def test_other_reasons(library, params, monkeypatch):
     [
         ("cudaGetDevice", False, "cudaGetDevice"),
         ("cudaDeviceGetAttribute", False, "compute capability"),
+        ("cudaPointerGetAttributes", False, "cudaPointerGetAttributes"),
         ("tile lists", False, "tile list kernel"),
         ("forward", False, "forward kernel"),
         ("cudaMemsetAsync", True, "zeroed counter"),
@@ -189,6 +194,16 @@ def test_an_error_is_reported_once(library, params, call, backward, named, error
         run(params)
     assert library.last_error == 0
     run(params)
+
+
+def test_memory_of_another_device_is_refused(library, params):
+    library.memory(1)
+    message = "device: q lies in the memory of GPU 1, but the current device is GPU 0; make GPU 1 the current device"
+    for call in (library.forward, library.backward):
+        with pytest.raises(ValueError, match=f"^{message} for this call$"):
+            call(params)
+    library.memory(0)
+    library.forward(params)
 
 
 def test_a_driver_without_tensor_maps_costs_hoppers_kernels_only(build, params):

@@ -14,6 +14,7 @@
 namespace {
 
 int capability = 90;
+int device_of_memory = 0;
 std::string failing_call;
 cudaError_t failure = cudaSuccess;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -58,6 +59,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       break;
   }
   return call("cudaDeviceGetAttribute");
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {
+  *attributes = {cudaMemoryTypeDevice, device_of_memory, nullptr, nullptr};
+  return call("cudaPointerGetAttributes");
 }
 cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return call("cudaMemsetAsync"); }
 const char* cudaGetErrorString(cudaError_t error) {
@@ -115,6 +120,8 @@ FlashmaskStatus cpu_kernel_name(const FlashmaskParams&, std::string*, std::strin
 extern "C" {
 
 __attribute__((visibility("default"))) void fake_device(int compute_capability) { capability = compute_capability; }
+// Which device all memory is of; the current one is 0.
+__attribute__((visibility("default"))) void fake_memory(int device) { device_of_memory = device; }
 // The next call of this name fails.
 __attribute__((visibility("default"))) void fake_failure(const char* name, int error) {
   failing_call = name;

@@ -222,22 +222,39 @@ FlashmaskStatus cuda_failure(const char* what, cudaError_t status, std::string* 
   } while (0)
 
 struct Device {
+  int id = 0;
   int capability = 0;
   int shared_limit = 0;
 };
 
 FlashmaskStatus ask_device(Device* device, std::string* error) {
-  int id = 0, major = 0, minor = 0;
-  FLASHMASK_CUDA_CHECK(cudaGetDevice(&id), "cudaGetDevice");
-  FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id), "compute capability");
-  FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id), "compute capability");
-  FLASHMASK_CUDA_CHECK(cudaDeviceGetAttribute(&device->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, id),
-                       "shared memory limit");
+  int major = 0, minor = 0;
+  FLASHMASK_CUDA_CHECK(cudaGetDevice(&device->id), "cudaGetDevice");
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, device->id);
+  };
+  FLASHMASK_CUDA_CHECK(ask(&major, cudaDevAttrComputeCapabilityMajor), "compute capability");
+  FLASHMASK_CUDA_CHECK(ask(&minor, cudaDevAttrComputeCapabilityMinor), "compute capability");
+  FLASHMASK_CUDA_CHECK(ask(&device->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin), "shared memory limit");
   device->capability = 10 * major + minor;
   // For tests: the kernels that smaller GPUs take can so be run on a large one.
   const char* pretended = getenv("FLASHMASK_CUDA_SHARED_LIMIT");
   if (pretended != nullptr && atoi(pretended) >= kSmallShared) {
     device->shared_limit = std::min(device->shared_limit, atoi(pretended));
+  }
+  return FLASHMASK_OK;
+}
+
+// Kernels run on the current device. From another one's memory they could not read, or, where the two GPUs see each
+// other, would read what that one's streams may not have written yet.
+FlashmaskStatus check_place(const FlashmaskParams& op, const Device& device, std::string* error) {
+  cudaPointerAttributes place{};
+  FLASHMASK_CUDA_CHECK(cudaPointerGetAttributes(&place, op.q.data), "cudaPointerGetAttributes");
+  if (place.type == cudaMemoryTypeDevice && place.device != device.id) {
+    const std::string of_q = std::to_string(place.device);
+    *error = "device: q lies in the memory of GPU " + of_q + ", but the current device is GPU " +
+             std::to_string(device.id) + "; make GPU " + of_q + " the current device for this call";
+    return FLASHMASK_INVALID_ARGUMENT;
   }
   return FLASHMASK_OK;
 }
@@ -337,6 +354,8 @@ FlashmaskStatus cuda_forward(const FlashmaskParams& op, std::string* error) {
   Device device;
   status = ask_device(&device, error);
   if (status != FLASHMASK_OK) return status;
+  status = check_place(op, device, error);
+  if (status != FLASHMASK_OK) return status;
   const Kernel* kernel = find_kernel(Direction::kForward, op, device.capability);
   if (kernel == nullptr) {
     *error = missing_kernels(op, device.capability);
@@ -366,6 +385,8 @@ FlashmaskStatus cuda_backward(const FlashmaskParams& op, std::string* error) {
   if (status != FLASHMASK_OK) return status;
   Device device;
   status = ask_device(&device, error);
+  if (status != FLASHMASK_OK) return status;
+  status = check_place(op, device, error);
   if (status != FLASHMASK_OK) return status;
   const Kernel* kernel = find_kernel(Direction::kBackward, op, device.capability);
   if (kernel == nullptr) {
