@@ -56,6 +56,30 @@ def test_cpu_and_gpu_in_one_process():
         carrier.assert_right(case, carrier.through_paddle(case))
 
 
+@pytest.mark.skipif(not carrier.ON_GPU or paddle.device.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu():
+    """Its tensors are refused while the first is Paddle's current device, and served when it is itself."""
+    case, second = document_case(), paddle.CUDAPlace(1)
+    query, key, value, dout = (carrier.tensor(array, grad=True, at=second) for array in case.stored())
+    bounds = carrier.tensor(case.bounds, at=second)
+
+    def call() -> Any:
+        return flashmask_attention(query, key, value, bounds, causal=True, return_softmax_lse=True)
+
+    # Paddle 2.6 makes OSError or RuntimeError of every error of an op.
+    with pytest.raises((ValueError, OSError, RuntimeError), match=r"memory of GPU 1, but the current device is GPU 0"):
+        call()
+    paddle.set_device("gpu:1")
+    try:
+        out, lse = call()
+        assert out.place._equals(second)
+        gradients = paddle.grad(out, [query, key, value], grad_outputs=[dout])
+        results = {name: t.numpy() for name, t in zip(NAMES, (out, lse, *gradients), strict=True)}
+    finally:
+        paddle.set_device("gpu:0")
+    carrier.assert_right(case, results)
+
+
 @needs_gpu
 def test_contiguous_inputs_are_not_copied(record_property):
     """The peak during a call is its results and the core's workspace: an input's copy would be 32 MiB more."""
