@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "flashmask_attention", "masks"]
 
-_SUBMODULES = ("functional", "incubate", "masks", "paddleformers", "paddlenlp", "plotting")
+_SUBMODULES = ("distributed", "functional", "incubate", "masks", "paddleformers", "paddlenlp", "plotting")
 
 
 def __getattr__(name: str) -> Any:
