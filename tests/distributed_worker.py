@@ -101,6 +101,31 @@ def check_recompute() -> None:
     compare(inputs(rng, 64 * dist.get_world_size()), causal=True, layer=layer)
 
 
+def check_frozen() -> None:
+    """Operands without a gradient, as in the first layer under LoRA, and none with one, as in evaluation."""
+    rng = np.random.default_rng(6)
+    *operands, gradient = inputs(rng, 32 * dist.get_world_size())
+    parts = [split_sequence(operand) for operand in operands]
+    for trained in ((), (0,), (1,), (2,), (0, 2), (1, 2)):
+        whole_gradients, gradients = [], []
+        for attention, tensors, found in (
+            (flashmask_attention, operands, whole_gradients),
+            (context_parallel_attention, parts, gradients),
+        ):
+            leaves = [tensor.detach() for tensor in tensors]
+            for place in trained:
+                leaves[place].stop_gradient = False
+            out = attention(*leaves, causal=True)
+            assert out.stop_gradient is not bool(trained)
+            if trained:
+                out.backward(gradient if attention is flashmask_attention else split_sequence(gradient))
+            found.append(out.detach())
+            found += [leaves[place].grad for place in trained]
+            assert all(leaf.grad is None for place, leaf in enumerate(leaves) if place not in trained)
+        for part, whole in zip(gradients, whole_gradients, strict=True):
+            np.testing.assert_allclose(gather_sequence(part).numpy(), whole.numpy(), rtol=1e-5, atol=1e-5)
+
+
 def check_groups() -> None:
     """A group that is named, and one that this worker is not in.
 

@@ -20,7 +20,7 @@ from paddle_flashmask.distributed import context_parallel_attention, gather_sequ
 from paddle_flashmask.distributed.attention import row_intervals
 
 TESTS = Path(__file__).resolve().parent
-CHECKS = ("parts", "forms", "masks_of_training", "window", "recompute", "groups", "training")
+CHECKS = ("parts", "forms", "masks_of_training", "window", "recompute", "frozen", "groups", "training")
 
 
 def free_ports(count: int) -> list[int]:

@@ -31,15 +31,16 @@ class _GatherKeys(paddle.autograd.PyLayer):
     @staticmethod
     def forward(ctx: Any, key: Any, value: Any, worker: Worker, group: Any | None) -> tuple[Any, Any]:
         ctx.worker, ctx.group = worker, group
+        ctx.wanted = (not key.stop_gradient, not value.stop_gradient)
         key, value = (in_order(gathered(part, worker, group), TOKENS) for part in (key, value))
         return key, value
 
     @staticmethod
-    def backward(ctx: Any, key_gradient: Any, value_gradient: Any) -> tuple[Any, Any]:
-        key_gradient, value_gradient = (
-            _sum_of_part(gradient, ctx.worker, ctx.group) for gradient in (key_gradient, value_gradient)
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any | None, ...]:
+        return tuple(  # Paddle wants None for an input without a gradient
+            _sum_of_part(gradient, ctx.worker, ctx.group) if wanted else None
+            for gradient, wanted in zip(gradients, ctx.wanted, strict=True)
         )
-        return key_gradient, value_gradient
 
 
 class _Halves(paddle.autograd.PyLayer):
