@@ -18,9 +18,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("custom_ops", "paddle_flashmask", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = ("custom_ops", "docs", "paddle_flashmask", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py", "*.egg-info", "build")
-TESTS = ("test_functional*.py", "test_op_modes.py", "test_bad_input.py", "test_version_guard.py", "test_threads.py")
+TESTS = (
+    *("test_functional*.py", "test_op_modes.py", "test_bad_input.py", "test_version_guard.py", "test_threads.py"),
+    "test_distributed.py",
+)
 
 
 def run(*command: object, cwd: Path = ROOT) -> None:
