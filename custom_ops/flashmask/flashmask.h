@@ -98,7 +98,8 @@ typedef struct FlashmaskParams {
   void* workspace;  // of the size that flashmask_*_workspace_bytes returned, on the device
   int64_t workspace_bytes;
 
-  void* stream;         // CUDA: the stream to launch on
+  void* stream;         // CUDA: the stream to launch on, of the current device. All memory is of that device; only of q
+                        // is it checked.
   int32_t num_threads;  // CPU: 0 takes the OpenMP runtime's setting
   int32_t cpu_isa;      // CPU: FlashmaskCpuIsa
 } FlashmaskParams;

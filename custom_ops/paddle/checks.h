@@ -22,9 +22,9 @@ std::string concat(const Parts&... parts) {
   return text.str();
 }
 
-// Paddle 3 turns these into the Python exceptions that paddle_flashmask._core raises, but External, which becomes
-// OSError: ValueError, NotImplementedError, MemoryError. Paddle 2.6 keeps that macro in a header that needs cuDNN in a
-// GPU build; there all become OSError or RuntimeError.
+// In Python, under Paddle 3: InvalidArgument is a ValueError, Unimplemented a NotImplementedError, ResourceExhausted a
+// MemoryError, External an OSError. Paddle 2.6 keeps that macro in a header that needs cuDNN in a GPU build; there all
+// become OSError or RuntimeError.
 [[noreturn]] inline void fail_as(FlashmaskStatus status, const std::string& message) {
 #ifdef PADDLE_THROW
   namespace errors = common::errors;

@@ -2,8 +2,9 @@
 
 Each worker keeps its queries, gathers the keys and values of all, and computes its two chunks of rows. Row indices are
 known whole to every worker (a few integers a token): a chunk's are the same intervals, counted from its first row and
-cut to its length, which the kernels do themselves. So nothing of the mask is lost, whatever it is, and tiles that it
-hides are skipped as ever. In the backward pass gradients of keys and values are summed over the workers, in float32.
+cut to its length, which the kernels do themselves. Under the causal mask a chunk is called with the keys up to its own
+last one: the last query stands beside the last key then, as the causal mask wants it. So nothing of the mask is lost,
+whatever it is, and tiles that it hides are skipped as ever.
 """
 
 from __future__ import annotations
@@ -16,31 +17,51 @@ import paddle.distributed as dist
 from .. import _amp, _checks
 from ..functional import flashmask_attention
 from ..masks import validate, window_indices
-from ..masks._form import has_lower_end
 from .shards import Worker, gathered, in_order, part_of, this_worker
 
 TOKENS = 1  # the axis of query, key and value
 
 
 class _GatherKeys(paddle.autograd.PyLayer):
-    """Keys and values of the whole sequence; gradients are summed over the workers.
+    """The keys or values of all workers, for each of two chunks of queries the first ones, as many as it needs.
 
-    One layer for both: every worker communicates in the same order then, whatever autograd does first.
+    For one operand: Paddle's layers of several do not go with paddle.grad for some of them. All workers record the same
+    layers in the same order, and so communicate in one order in the backward pass, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, key: Any, value: Any, worker: Worker, group: Any | None) -> tuple[Any, Any]:
-        ctx.worker, ctx.group = worker, group
-        ctx.wanted = (not key.stop_gradient, not value.stop_gradient)
-        key, value = (in_order(gathered(part, worker, group), TOKENS) for part in (key, value))
-        return key, value
+    def forward(ctx: Any, part: Any, worker: Worker, group: Any | None, needed: tuple[int, int]) -> tuple[Any, Any]:
+        whole = in_order(gathered(part, worker, group), TOKENS)
+        ctx.worker, ctx.group, ctx.seqlen = worker, group, whole.shape[TOKENS]
+        early, late = (whole[:, :tokens] for tokens in needed)
+        return early, late
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any | None, ...]:
-        return tuple(  # Paddle wants None for an input without a gradient
-            _sum_of_part(gradient, ctx.worker, ctx.group) if wanted else None
-            for gradient, wanted in zip(gradients, ctx.wanted, strict=True)
-        )
+    def backward(ctx: Any, early: Any, late: Any) -> Any:
+        """The shares of both chunks and of all workers are added in float32."""
+        with paddle.amp.auto_cast(enable=False):
+            whole = _in_float32(early, ctx.seqlen) + _in_float32(late, ctx.seqlen)
+            return _sum_of_part(whole, ctx.worker, ctx.group).astype(late.dtype)
+
+
+def _in_float32(gradient: Any, seqlen: int) -> Any:
+    """With zeros for the keys behind it, up to `seqlen`."""
+    batch, tokens, heads, dim = gradient.shape
+    gradient = gradient.astype("float32")
+    if tokens == seqlen:
+        return gradient
+    return paddle.concat([gradient, paddle.zeros([batch, seqlen - tokens, heads, dim], "float32")], axis=TOKENS)
+
+
+def _sum_of_part(whole: Any, worker: Worker, group: Any | None) -> Any:
+    """This worker's part of the sum of all workers' `whole`, which may be overwritten."""
+    if dist.get_backend(group).lower() == "nccl":
+        parts = [part_of(whole, Worker(rank, worker.workers), TOKENS) for rank in range(worker.workers)]
+        part = paddle.empty_like(parts[0])
+        dist.reduce_scatter(part, parts, group=group)
+        return part
+    dist.all_reduce(whole, group=group)  # Gloo has no reduce_scatter
+    return part_of(whole, worker, TOKENS)
 
 
 class _Halves(paddle.autograd.PyLayer):
@@ -53,7 +74,8 @@ class _Halves(paddle.autograd.PyLayer):
 
     @staticmethod
     def backward(ctx: Any, early: Any, late: Any) -> Any:
-        return paddle.concat([early, late], axis=TOKENS)
+        with paddle.amp.auto_cast(enable=False):
+            return paddle.concat([early, late], axis=TOKENS)
 
 
 class _Joined(paddle.autograd.PyLayer):
@@ -65,42 +87,20 @@ class _Joined(paddle.autograd.PyLayer):
 
     @staticmethod
     def backward(ctx: Any, rows: Any) -> tuple[Any, Any]:
-        early, late = paddle.split(rows, 2, axis=TOKENS)
-        return early, late
+        with paddle.amp.auto_cast(enable=False):
+            early, late = paddle.split(rows, 2, axis=TOKENS)
+            return early, late
 
 
-def _sum_of_part(gradient: Any, worker: Worker, group: Any | None) -> Any:
-    """This worker's part of the sum over all workers, added in float32, in the dtype of `gradient`."""
-    whole = gradient.astype("float32")
-    if dist.get_backend(group).lower() == "nccl":
-        parts = [part_of(whole, Worker(rank, worker.workers), TOKENS) for rank in range(worker.workers)]
-        part = paddle.empty_like(parts[0])
-        dist.reduce_scatter(part, parts, group=group)
-    else:  # Gloo has no reduce_scatter
-        dist.all_reduce(whole, group=group)
-        part = part_of(whole, worker, TOKENS)
-    return part.astype(gradient.dtype)
+def chunk_indices(indices: Any | None, seqlen: int, first: int, keys: int) -> Any | None:
+    """The row indices of the rows from `first` on, counted from there, for the first `keys` keys.
 
-
-def row_intervals(indices: Any | None, causal: bool, batch: int, seqlen: int) -> Any | None:
-    """The mask of a sequence in the form that holds all: int32 `[batch, mask_heads, seqlen, 4]`, without `causal`.
-
-    Between 0 and seqlen. None: nothing is masked.
+    They may lie outside of the chunk's rows, and are clipped to them by whoever reads them.
     """
-    key = paddle.arange(0, seqlen, dtype="int32").reshape([1, 1, -1])
     if indices is None:
-        if not causal:
-            return None
-        begin = start = end = paddle.zeros([batch, 1, seqlen], "int32")
-        stop = key.expand_as(start)
-    else:
-        n = indices.shape[3]
-        start = indices[..., 0]
-        end = indices[..., 1] if has_lower_end(n, causal) else paddle.full_like(start, seqlen)
-        begin = indices[..., 2] if n == 4 else paddle.zeros_like(start)
-        stop = key.expand_as(start) if causal else indices[..., n - 1]
+        return None
     # Clipped before anything is subtracted: whatever users write for "never" must not wrap around.
-    return paddle.clip(paddle.stack([start, end, begin, stop], axis=-1), 0, seqlen)
+    return paddle.clip(indices[:, :, :keys], 0, seqlen) - first
 
 
 def context_parallel_attention(
@@ -119,12 +119,9 @@ def context_parallel_attention(
     """`flashmask_attention` over a sequence that is spread over the workers of a group, as `split_sequence` does it.
 
     Every worker calls it at the same time, with its part of query, key and value and with the mask of the whole
-    sequence. Output, softmax_lse and the gradient of query are computed by the same kernels from the same numbers as on
-    one worker. Gradients of key and value are sums over the workers. Dynamic mode only; dropout and block masks are not
-    offered.
-
-    Beside its part each worker holds the keys and values of the whole sequence, until its backward pass has used them
-    (recompute frees them sooner), and while that runs their gradients in float32.
+    sequence; and every worker runs the same backward pass (once), or the others wait for it. Gradients of key and value
+    are sums over the workers: of shares in the operands' dtype, added in float32. Dynamic mode only; dropout and block
+    masks are not offered.
 
     Args:
         query: `[batch, seqlen / workers, heads_q, head_dim]`, this worker's part; an even number of tokens.
@@ -137,7 +134,8 @@ def context_parallel_attention(
         softmax_scale: factor of the scores, finite; None is `head_dim ** -0.5`.
         return_softmax_lse: also return the log-sum-exp of the scaled scores of each row.
         deterministic: as for `flashmask_attention`; the sum over workers is not covered by it.
-        group: the workers, a group of paddle.distributed; None for all.
+        group: the workers, a group of paddle.distributed; None for all there are, those of other axes of parallelism
+            among them.
 
     Returns:
         The output `[batch, seqlen / workers, heads_q, head_dim_v]` of this worker's tokens; with `return_softmax_lse` a
@@ -146,16 +144,22 @@ def context_parallel_attention(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it. Arguments that differ between workers
             are not noticed.
-        RuntimeError: a static program is being built.
+        RuntimeError: a static program is being built; or several workers were launched, but paddle.distributed is not
+            set up.
     """
     if not paddle.in_dynamic_mode():
         raise RuntimeError("context_parallel_attention: expected dynamic mode, but a static program is being built")
+    # All that can be wrong is looked at before the first communication: after an error on one worker the others wait.
     for name, given in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(name, given)
     if startend_row_indices is not None:
         _checks.tensor("startend_row_indices", startend_row_indices)
     causal = _checks.boolean("causal", causal)
     return_softmax_lse = _checks.boolean("return_softmax_lse", return_softmax_lse)
+    if deterministic is not None:
+        deterministic = _checks.boolean("deterministic", deterministic)
+    if softmax_scale is not None:
+        softmax_scale = _checks.softmax_scale(softmax_scale)
     query, key, value = _amp.cast(query, key, value)
     _checks.qkv_dtypes(query, key, value)
     _checks.qkv_sizes(query, key, value)
@@ -167,29 +171,47 @@ def context_parallel_attention(
         )
     worker = this_worker(group)
     seqlen = tokens * worker.workers
-    validate(
-        startend_row_indices,
-        causal,
-        batch=batch,
-        heads_q=heads_q,
-        heads_k=heads_k,
-        seqlen_q=seqlen,
-        seqlen_k=seqlen,
-        window_size=window_size,
-    )
+    try:
+        validate(
+            startend_row_indices,
+            causal,
+            batch=batch,
+            heads_q=heads_q,
+            heads_k=heads_k,
+            seqlen_q=seqlen,
+            seqlen_k=seqlen,
+            window_size=window_size,
+        )
+    except ValueError as error:
+        whole = f"the mask is that of the whole sequence, {worker.workers} workers' {tokens} tokens each"
+        raise ValueError(f"{error} ({whole})") from None
+    _checks.same_device(query, {"key": key, "value": value, "startend_row_indices": startend_row_indices})
+    _checks.dtype_on_gpu(query)
     if window_size is not None:
         bounds, causal = window_indices(window_size, seqlen, seqlen, causal, batch, 1)
         startend_row_indices = None if bounds is None else paddle.to_tensor(bounds, place=query.place)
-    options = {"softmax_scale": softmax_scale, "return_softmax_lse": True, "deterministic": deterministic}
-    if worker.workers == 1:
-        out, lse = flashmask_attention(query, key, value, startend_row_indices, causal=causal, **options)
-        return [out, lse] if return_softmax_lse else out
-    all_keys, all_values = _GatherKeys.apply(key, value, worker, group)
-    intervals = row_intervals(startend_row_indices, causal, batch, seqlen)
-    length = seqlen // (2 * worker.workers)
-    results = []
-    for rows, number in zip(_Halves.apply(query), worker.chunks, strict=True):
-        of_rows = None if intervals is None else intervals - number * length
-        results.append(flashmask_attention(rows, all_keys, all_values, of_rows, causal=False, **options))
-    out = _Joined.apply(*(out for out, _ in results))
-    return [out, paddle.concat([lse for _, lse in results], axis=2)] if return_softmax_lse else out
+
+    options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale, "deterministic": deterministic}
+    with paddle.amp.auto_cast(enable=False):
+        if worker.workers == 1:
+            options["return_softmax_lse"] = return_softmax_lse
+            return flashmask_attention(query, key, value, startend_row_indices, **options)
+        length = tokens // 2
+        firsts = [chunk * length for chunk in worker.chunks]
+        needed = tuple(first + length if causal else seqlen for first in firsts)
+        chunks = zip(
+            _Halves.apply(query),
+            _GatherKeys.apply(key, worker, group, needed),
+            _GatherKeys.apply(value, worker, group, needed),
+            firsts,
+            needed,
+            strict=True,
+        )
+        results = [
+            flashmask_attention(
+                *operands, chunk_indices(startend_row_indices, seqlen, first, keys), return_softmax_lse=True, **options
+            )
+            for *operands, first, keys in chunks
+        ]
+        out = _Joined.apply(*(out for out, _ in results))
+        return [out, paddle.concat([lse for _, lse in results], axis=2)] if return_softmax_lse else out

@@ -7,6 +7,7 @@ training and Megatron-LM's context parallelism share the work like this, too.)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ import paddle
 import paddle.distributed as dist
 
 from .. import _checks
+
+# What paddle.split, paddle.concat and all_gather all take, on CPUs too.
+DTYPES = ("bool", "int8", "uint8", "int32", "int64", "bfloat16", "float16", "float32", "float64")
 
 
 class Worker(NamedTuple):
@@ -29,17 +33,22 @@ class Worker(NamedTuple):
 
 
 def this_worker(group: Any | None) -> Worker:
-    """The calling process in `group` (None: all processes, or this one alone if there is no parallel environment).
+    """The calling process in `group` (None: all processes, or this one alone where no others were launched).
 
     Raises:
+        RuntimeError: others were launched, but paddle.distributed is not set up.
         TypeError: `group` is no group of paddle.distributed.
         ValueError: the process is no member of it.
     """
     if group is None:
-        return Worker(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Worker(0, 1)
+        if not dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"{dist.get_world_size()} workers were launched; call paddle.distributed.init_parallel_env() first"
+            )
+        return Worker(dist.get_rank(), dist.get_world_size())
     if not isinstance(group, dist.communication.group.Group):
         raise TypeError(f"group: expected a group made by paddle.distributed.new_group, got {_checks.shown(group)}")
-    if not group.is_member():
+    if group.rank < 0:
         raise ValueError(f"group: expected one that this process, of rank {dist.get_rank()}, is in, got {group.ranks}")
     return Worker(group.rank, group.nranks)
 
@@ -65,30 +74,55 @@ def part_of(whole: Any, worker: Worker, axis: int) -> Any:
     return paddle.concat([pieces[chunk] for chunk in worker.chunks], axis=axis)
 
 
+class _Part(paddle.autograd.PyLayer):
+    """`part_of`. (Paddle's own gradients of split and concat know no bfloat16 on CPUs.)"""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Any, worker: Worker, axis: int) -> Any:
+        ctx.worker, ctx.axis = worker, axis
+        return part_of(whole, worker, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        with paddle.amp.auto_cast(enable=False):
+            own = dict(zip(ctx.worker.chunks, paddle.split(gradient, 2, axis=ctx.axis), strict=True))
+            nothing = paddle.zeros_like(own[ctx.worker.rank])
+            pieces = [own.get(chunk, nothing) for chunk in range(2 * ctx.worker.workers)]
+            return paddle.concat(pieces, axis=ctx.axis)
+
+
 def _checked_axis(name: str, tensor: Any, axis: Any) -> int:
     _checks.tensor(name, tensor)
-    if isinstance(axis, bool) or not isinstance(axis, int):
+    if _checks.dtype_name(tensor) not in DTYPES:
+        raise TypeError(f"{name}.dtype: expected one of {', '.join(DTYPES)}, got {_checks.dtype_name(tensor)}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{name}: expected a tensor that holds something, got shape {list(tensor.shape)}")
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"axis: expected an integer, got {_checks.shown(axis)}")
-    if not -tensor.ndim <= axis < tensor.ndim:
+    place = operator.index(axis)
+    if not -tensor.ndim <= place < tensor.ndim:
         raise ValueError(f"axis: expected an axis of {name}, which has {tensor.ndim}, got {axis}")
-    return axis % tensor.ndim
+    return place % tensor.ndim
 
 
 def split_sequence(whole: paddle.Tensor, axis: int = 1, group: Any | None = None) -> paddle.Tensor:
     """This worker's part of a tensor that all workers hold whole, such as input ids, position ids or labels.
 
-    Labels must have been shifted before: the next token of a part's last one is on another worker.
+    Labels must have been shifted before: the next token of a part's last one is on another worker. The gradient is that
+    of this worker's part, and zero elsewhere.
 
     Args:
-        whole: any shape and dtype.
+        whole: any shape without a zero; bool, int8, uint8, int32, int64, bfloat16, float16, float32 or float64.
         axis: its axis of tokens, whose length is a multiple of twice the number of workers.
-        group: the workers, a group of paddle.distributed; None for all.
+        group: the workers, a group of paddle.distributed; None for all there are, those of other axes of parallelism
+            among them.
 
     Returns:
         The chunks `rank` and `2 * workers - 1 - rank` of the axis, one after the other; as long as a worker's share.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: several workers were launched, but paddle.distributed is not set up.
     """
     axis = _checked_axis("whole", whole, axis)
     worker = this_worker(group)
@@ -97,14 +131,15 @@ def split_sequence(whole: paddle.Tensor, axis: int = 1, group: Any | None = None
             f"whole.shape[{axis}]: expected a multiple of {2 * worker.workers}, two chunks for each of "
             f"{worker.workers} workers, got {whole.shape[axis]}; pad the sequence"
         )
-    return part_of(whole, worker, axis)
+    with paddle.amp.auto_cast(enable=False):
+        return _Part.apply(whole, worker, axis)
 
 
 def gather_sequence(part: paddle.Tensor, axis: int = 1, group: Any | None = None) -> paddle.Tensor:
     """The whole tensor on every worker, from the parts that `split_sequence` makes. Carries no gradient.
 
     Args:
-        part: this worker's; all have the same shape and dtype.
+        part: this worker's, of a dtype that `split_sequence` takes.
         axis: its axis of tokens.
         group: the workers, a group of paddle.distributed; None for all.
 
@@ -112,11 +147,19 @@ def gather_sequence(part: paddle.Tensor, axis: int = 1, group: Any | None = None
         The parts in the order of the sequence, `workers` times as long.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an argument is not as above, or parts differ in shape; the message names it. (Where not
+            all workers call this, those that do wait.)
+        RuntimeError: several workers were launched, but paddle.distributed is not set up.
     """
     axis = _checked_axis("part", part, axis)
     worker = this_worker(group)
     if part.shape[axis] % 2:
         raise ValueError(f"part.shape[{axis}]: expected an even length, two chunks, got {part.shape[axis]}")
-    with paddle.no_grad():
+    if worker.workers > 1:  # of unequal parts the collective would return garbage, or end the process
+        rank, shape = paddle.to_tensor([part.ndim]), paddle.to_tensor(list(part.shape))
+        ranks = [int(each) for each in gathered(rank, worker, group)]
+        shapes = [each.tolist() for each in gathered(shape, worker, group)] if len(set(ranks)) == 1 else ranks
+        if any(each != shapes[0] for each in shapes):
+            raise ValueError(f"part: expected the same shape on every worker, got {shapes}")
+    with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
         return in_order(gathered(part.detach(), worker, group), axis)

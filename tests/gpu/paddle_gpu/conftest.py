@@ -23,6 +23,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     line = {"test": report.nodeid.rsplit("/", 1)[-1], "outcome": report.outcome, "seconds": round(report.duration, 3)}
     line.update(report.user_properties)
     if report.outcome != "passed":
-        line["message"] = str(report.longrepr)[-2000:]
+        # Of a skipped test (file, line, reason): the file lies wherever the archives were unpacked.
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        line["message"] = str(reason)[-2000:]
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
