@@ -44,20 +44,7 @@ cudaError_t cudaGetDevice(int* device) {
   return call("cudaGetDevice");
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = 1;
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = capability / 10;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = capability % 10;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 * 1024;
-      break;
-  }
+  *value = attribute_of_device(attribute, 1, capability);
   return call("cudaDeviceGetAttribute");
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {

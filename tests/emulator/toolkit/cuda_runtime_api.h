@@ -21,6 +21,21 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
+// Not of the real header: what both stand-ins for the runtime answer. `capability`: 10 * major + minor.
+inline int attribute_of_device(cudaDeviceAttr attribute, int multiprocessors, int capability) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return multiprocessors;
+    case cudaDevAttrComputeCapabilityMajor:
+      return capability / 10;
+    case cudaDevAttrComputeCapabilityMinor:
+      return capability % 10;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return 227 * 1024;
+  }
+  return 0;
+}
+
 enum cudaMemoryType {
   cudaMemoryTypeUnregistered = 0,
   cudaMemoryTypeHost = 1,
