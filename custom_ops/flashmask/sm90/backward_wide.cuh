@@ -36,6 +36,9 @@ struct WideConsumer {
   static constexpr bool kScoresAhead = !kDeterministic || kHeadDim <= 192;
   static constexpr int kDqPiece = kScoresAhead ? 8 : 16;
   static_assert(kFirstDqGroups % kDqPiece == 0 && kLastDqGroups % kDqPiece == 0);
+  // Behind each addition of dQ in the deterministic mode. The default mode gains nothing from them: others work
+  // meanwhile.
+  static constexpr int kSlotsAfterAddition = 4;
   static_assert(Config::kColumns == 64 && Config::kRows == 64);
 
   uint32_t base;    // address of the shared memory
@@ -114,6 +117,7 @@ struct WideConsumer {
     for (int n = 0; n < kDqPiece; ++n) {
       if constexpr (kDeterministic) {
         add_or_store_fragment(rows + n * kWarpgroup * 4, dq[n], stores);
+        leave_issue_slots<kSlotsAfterAddition>(rows, p.op.seqlen_q < 0);
       } else {
         add_fragment(rows + n * kWarpgroup * 4, dq[n]);
       }

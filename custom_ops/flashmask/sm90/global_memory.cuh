@@ -93,6 +93,25 @@ __device__ __forceinline__ void add_or_store_fragment(float* place, const float 
       : "memory");
 }
 
+// Issue slots for memory instructions that this warp leaves empty, so that the queue of these instructions does not
+// fill with what it sends one right after the other: other warps' loads from shared memory wait in it, too (log,
+// backward #86). They are stores whose predicate never holds, which only who reads `never` knows: ptxas drops anything
+// else that has no effect.
+template <int kSlots>
+__device__ __forceinline__ void leave_issue_slots(float* place, bool never) {
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    asm volatile(
+        "{\n"
+        ".reg .pred never;\n"
+        "setp.ne.b32 never, %1, 0;\n"
+        "@never st.global.f32 [%0], 0f00000000;\n"
+        "}\n" ::"l"(place),
+        "r"(static_cast<int>(never))
+        : "memory");
+  }
+}
+
 // 16 bytes, at once: the compiler would take some of them apart.
 __device__ __forceinline__ void store_global_128(void* place, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "r"(words[0]), "r"(words[1]), "r"(words[2]),

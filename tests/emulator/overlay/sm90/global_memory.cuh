@@ -50,6 +50,9 @@ inline void add_or_store_fragment(float* place, const float (&c)[4], bool stores
   for (int i = 0; i < 4; ++i) place[i] = (stores ? 0.0f : place[i]) + c[i];
 }
 
+template <int kSlots>
+inline void leave_issue_slots(float*, bool) {}
+
 inline void store_global_128(void* place, const uint32_t (&words)[4]) {
   if (reinterpret_cast<uintptr_t>(place) % 16 != 0) emulator::fail("a store of 16 bytes at %p", place);
   memcpy(place, words, 16);
