@@ -56,10 +56,11 @@ def _in_float32(gradient: Any, seqlen: int) -> Any:
 def _sum_of_part(whole: Any, worker: Worker, group: Any | None) -> Any:
     """This worker's part of the sum of all workers' `whole`, which may be overwritten."""
     if dist.get_backend(group).lower() == "nccl":
-        parts = [part_of(whole, Worker(rank, worker.workers), TOKENS) for rank in range(worker.workers)]
-        part = paddle.empty_like(parts[0])
-        dist.reduce_scatter(part, parts, group=group)
-        return part
+        pieces = paddle.split(whole, 2 * worker.workers, axis=TOKENS)
+        chunks = [chunk for rank in range(worker.workers) for chunk in Worker(rank, worker.workers).chunks]
+        sums = paddle.empty([2, *pieces[0].shape], whole.dtype)
+        dist.stream.reduce_scatter(sums, paddle.stack([pieces[chunk] for chunk in chunks]), group=group)
+        return paddle.concat(paddle.unbind(sums), axis=TOKENS)
     dist.all_reduce(whole, group=group)  # Gloo has no reduce_scatter
     return part_of(whole, worker, TOKENS)
 

@@ -8,7 +8,6 @@ training and Megatron-LM's context parallelism share the work like this, too.)
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import paddle
@@ -53,18 +52,20 @@ def this_worker(group: Any | None) -> Worker:
     return Worker(group.rank, group.nranks)
 
 
-def gathered(local: Any, worker: Worker, group: Any | None) -> list[Any]:
-    """The parts of all workers, by rank. All have the same shape and dtype."""
+def gathered(local: Any, worker: Worker, group: Any | None) -> Any:
+    """The parts of all workers, by rank along a new first axis. All have the same shape and dtype."""
     if worker.workers == 1:
-        return [local]
-    parts: list[Any] = []
-    dist.all_gather(parts, local.contiguous(), group=group)
+        return local.unsqueeze(0)
+    parts = paddle.empty([worker.workers, *local.shape], local.dtype)
+    dist.stream.all_gather(
+        parts, local.contiguous(), group=group
+    )  # asked for a list, Paddle copies out of such a buffer
     return parts
 
 
-def in_order(parts: Sequence[Any], axis: int) -> Any:
-    """The whole sequence from the parts of all workers, by rank."""
-    halves = [paddle.split(part, 2, axis=axis) for part in parts]
+def in_order(parts: Any, axis: int) -> Any:
+    """The whole sequence from `gathered` parts, whose own axis of tokens is `axis`."""
+    halves = [paddle.split(part, 2, axis=axis) for part in paddle.unbind(parts)]
     return paddle.concat([early for early, _ in halves] + [late for _, late in reversed(halves)], axis=axis)
 
 
@@ -157,8 +158,8 @@ def gather_sequence(part: paddle.Tensor, axis: int = 1, group: Any | None = None
         raise ValueError(f"part.shape[{axis}]: expected an even length, two chunks, got {part.shape[axis]}")
     if worker.workers > 1:  # of unequal parts the collective would return garbage, or end the process
         rank, shape = paddle.to_tensor([part.ndim]), paddle.to_tensor(list(part.shape))
-        ranks = [int(each) for each in gathered(rank, worker, group)]
-        shapes = [each.tolist() for each in gathered(shape, worker, group)] if len(set(ranks)) == 1 else ranks
+        ranks = gathered(rank, worker, group).flatten().tolist()
+        shapes = gathered(shape, worker, group).tolist() if len(set(ranks)) == 1 else ranks
         if any(each != shapes[0] for each in shapes):
             raise ValueError(f"part: expected the same shape on every worker, got {shapes}")
     with paddle.no_grad(), paddle.amp.auto_cast(enable=False):

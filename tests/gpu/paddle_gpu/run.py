@@ -39,9 +39,22 @@ def unpack(parts: list[Path], target: Path) -> None:
     subprocess.run(["bash", "-c", script, "unpack", str(target), str(project)], check=True)
 
 
+def nccl(target: Path) -> Path:
+    """A folder with the machine's NCCL, if it has one, under the name by which Paddle 2.6 loads it."""
+    folder = target / "nccl"
+    folder.mkdir(exist_ok=True)
+    packages = [Path(path) / "nvidia" / "nccl" / "lib" for path in sys.path]
+    found = [folder / "libnccl.so.2" for folder in (*packages, Path("/usr/lib/x86_64-linux-gnu"))]
+    library = next((file for file in found if file.exists()), None)
+    link = folder / "libnccl.so"
+    if library is not None and not link.is_symlink():
+        link.symlink_to(library)
+    return folder
+
+
 def environment(target: Path, device: str, lines: Path) -> dict[str, str]:
     paddle = target / "site" / "paddle"
-    libraries = [str(paddle / "libs"), str(paddle / "base"), os.environ.get("LD_LIBRARY_PATH", "")]
+    libraries = [str(paddle / "libs"), str(paddle / "base"), str(nccl(target)), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": str(target / "site"),
