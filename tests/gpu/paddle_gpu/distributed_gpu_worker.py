@@ -26,7 +26,7 @@ from paddle_flashmask.distributed import context_parallel_attention, gather_sequ
 
 HEADS_Q, HEADS_K, HEAD_DIM = 8, 2, 128
 # On a CPU only the packing and this file are tried.
-SEQLEN, REPEATS, DTYPES = (2048, 20, ("bfloat16", "float16")) if carrier.ON_GPU else (256, 1, ("bfloat16", "float32"))
+SEQLEN, REPEATS, DTYPES = (2048, 10, ("bfloat16", "float16")) if carrier.ON_GPU else (256, 1, ("bfloat16", "float32"))
 
 
 def paddle_has_kernels() -> bool:
@@ -123,12 +123,15 @@ def differences(dtype: str, seqlen: int) -> dict[str, dict[str, float]]:
         for _ in range(REPEATS):  # what is read before it is there moves
             together = results(context_parallel_attention, parts, bounds, causal)
             for key, part in together.items():
-                got = gather_sequence(part, axis=2 if key == "lse" else 1).numpy()
-                assert (got.shape, got.dtype) == (alone[key].shape, alone[key].dtype), key
-                if not np.array_equal(got, alone[key]):
-                    value, expected = loaded(got).astype(np.float64), loaded(alone[key]).astype(np.float64)
-                    error = float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
-                    found[name][key] = max(found[name][key], error)
+                if key == "lse":  # to where tokens are the second axis: a part of another is no block of memory
+                    part = on_device(np.ascontiguousarray(part.numpy().swapaxes(1, 2)))
+                got = gather_sequence(part).numpy()
+                expected = alone[key].swapaxes(1, 2) if key == "lse" else alone[key]
+                assert (got.shape, got.dtype) == (expected.shape, expected.dtype), key
+                got, expected = loaded(got).astype(np.float64), loaded(expected).astype(np.float64)
+                assert np.isfinite(expected).all(), key
+                error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+                found[name][key] = error if not error <= found[name][key] else found[name][key]  # NaN, too
     return found
 
 
