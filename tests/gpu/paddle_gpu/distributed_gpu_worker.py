@@ -54,13 +54,19 @@ def of_arrays(function: Callable[..., np.ndarray]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def kernels_on_the_host() -> Iterator[None]:
-    """In the place of Paddle's kernels that `paddle_flashmask.distributed` uses. Views and empty tensors need none."""
+    """In the place of Paddle's kernels that `paddle_flashmask.distributed` uses. Slices and empty tensors need none."""
 
     def joined(tensors: Sequence[Any], axis: int = 0) -> Any:
         return on_device(np.concatenate([tensor.numpy() for tensor in tensors], axis))
 
     def stacked(tensors: Sequence[Any]) -> Any:
         return on_device(np.stack([tensor.numpy() for tensor in tensors]))
+
+    def pieces(tensor: Any, count: int, axis: int = 0) -> list[Any]:
+        return [on_device(piece) for piece in np.split(tensor.numpy(), count, axis)]
+
+    def unbound(tensor: Any) -> list[Any]:
+        return [on_device(piece) for piece in tensor.numpy()]
 
     def clipped(tensor: Any, low: int, high: int) -> Any:
         return on_device(np.clip(tensor.numpy(), low, high))
@@ -75,7 +81,14 @@ def kernels_on_the_host() -> Iterator[None]:
         return on_device(np.zeros(shape, dtype))
 
     with contextlib.ExitStack() as stack:
-        for name, function in {"concat": joined, "stack": stacked, "clip": clipped, "zeros": zeros}.items():
+        for name, function in {
+            "concat": joined,
+            "stack": stacked,
+            "split": pieces,
+            "unbind": unbound,
+            "clip": clipped,
+            "zeros": zeros,
+        }.items():
             stack.enter_context(mock.patch.object(paddle, name, function))
         for name, function in {
             "astype": cast,
