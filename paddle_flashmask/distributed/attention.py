@@ -17,7 +17,7 @@ import paddle.distributed as dist
 from .. import _amp, _checks
 from ..functional import flashmask_attention
 from ..masks import validate, window_indices
-from .shards import Worker, gathered, in_order, part_of, this_worker
+from .shards import Worker, gathered, in_order, part_of, piece, this_worker
 
 TOKENS = 1  # the axis of query, key and value
 
@@ -56,10 +56,11 @@ def _in_float32(gradient: Any, seqlen: int) -> Any:
 def _sum_of_part(whole: Any, worker: Worker, group: Any | None) -> Any:
     """This worker's part of the sum of all workers' `whole`, which may be overwritten."""
     if dist.get_backend(group).lower() == "nccl":
-        pieces = paddle.split(whole, 2 * worker.workers, axis=TOKENS)
-        chunks = [chunk for rank in range(worker.workers) for chunk in Worker(rank, worker.workers).chunks]
-        sums = paddle.empty([2, *pieces[0].shape], whole.dtype)
-        dist.stream.reduce_scatter(sums, paddle.stack([pieces[chunk] for chunk in chunks]), group=group)
+        workers = worker.workers
+        chunks = [chunk for rank in range(workers) for chunk in Worker(rank, workers).chunks]
+        pieces = paddle.stack([piece(whole, TOKENS, chunk, 2 * workers) for chunk in chunks])
+        sums = paddle.empty([2, *pieces.shape[1:]], pieces.dtype)
+        dist.stream.reduce_scatter(sums, pieces, group=group)
         return paddle.concat(paddle.unbind(sums), axis=TOKENS)
     dist.all_reduce(whole, group=group)  # Gloo has no reduce_scatter
     return part_of(whole, worker, TOKENS)

@@ -63,16 +63,23 @@ def gathered(local: Any, worker: Worker, group: Any | None) -> Any:
     return parts
 
 
+def piece(tensor: Any, axis: int, number: int, count: int) -> Any:
+    """One of `count` equal pieces: a view, where paddle.split copies them all."""
+    length = tensor.shape[axis] // count
+    return paddle.slice(tensor, [axis], [number * length], [(number + 1) * length])
+
+
 def in_order(parts: Any, axis: int) -> Any:
     """The whole sequence from `gathered` parts, whose own axis of tokens is `axis`."""
-    halves = [paddle.split(part, 2, axis=axis) for part in paddle.unbind(parts)]
-    return paddle.concat([early for early, _ in halves] + [late for _, late in reversed(halves)], axis=axis)
+    by_rank = paddle.unbind(parts)
+    early = [piece(part, axis, 0, 2) for part in by_rank]
+    late = [piece(part, axis, 1, 2) for part in reversed(by_rank)]
+    return paddle.concat(early + late, axis=axis)
 
 
 def part_of(whole: Any, worker: Worker, axis: int) -> Any:
     """A worker's part of the whole sequence."""
-    pieces = paddle.split(whole, 2 * worker.workers, axis=axis)
-    return paddle.concat([pieces[chunk] for chunk in worker.chunks], axis=axis)
+    return paddle.concat([piece(whole, axis, chunk, 2 * worker.workers) for chunk in worker.chunks], axis=axis)
 
 
 class _Part(paddle.autograd.PyLayer):
@@ -86,7 +93,7 @@ class _Part(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         with paddle.amp.auto_cast(enable=False):
-            own = dict(zip(ctx.worker.chunks, paddle.split(gradient, 2, axis=ctx.axis), strict=True))
+            own = {chunk: piece(gradient, ctx.axis, place, 2) for place, chunk in enumerate(ctx.worker.chunks)}
             nothing = paddle.zeros_like(own[ctx.worker.rank])
             pieces = [own.get(chunk, nothing) for chunk in range(2 * ctx.worker.workers)]
             return paddle.concat(pieces, axis=ctx.axis)
