@@ -231,8 +231,11 @@ def main() -> int:
     machine = report.cuda_machine() | {
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "nccl": nccl}
     }
-    command = f"torchrun --nproc_per_node {workers} benchmarks/cuda/context_parallel.py {' '.join(sys.argv[1:])}"
-    result = report.header("cuda", command.strip(), machine)
+    words = ["torchrun", "--nproc_per_node", str(workers), "benchmarks/cuda/context_parallel.py"]
+    words += ["--masks", ",".join(arguments.masks), "--seqlens", ",".join(map(str, arguments.seqlens))]
+    words += ["--heads", str(arguments.heads), "--heads-k", str(arguments.heads_k)]
+    words += ["--head-dim", str(arguments.head_dim), "--seconds", str(arguments.seconds)]
+    result = report.header("cuda", " ".join(words), machine)
     rows: list[dict[str, Any]] = []
     for seqlen in arguments.seqlens:
         for mask in arguments.masks:

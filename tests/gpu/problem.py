@@ -30,6 +30,7 @@ class Problem:
     causal: bool = False
     dtype: str = "bf16"
     seed: int = 0
+    bounds: Any = None  # int32 [b, h_m, s_k, n] in NumPy, instead of random ones
     block_mask: bool = False
     growth: float = 0.0  # of keys along the sequence: the last is so many times larger than the first
     options: dict[str, Any] = field(default_factory=dict)
@@ -45,10 +46,11 @@ class Problem:
         q, k, v = draw(self.s_q, self.h_q, self.d), draw(self.s_k, self.h_k, self.d), draw(self.s_k, self.h_k, d_v)
         dout = draw(self.s_q, self.h_q, d_v)
         k *= 1 + self.growth * torch.linspace(0, 1, self.s_k, device="cuda", dtype=k.dtype)[:, None, None] ** 2
-        bounds = None
-        if self.n:
+        bounds = self.bounds
+        if bounds is None and self.n:
             bounds = random_intervals(rng, self.b, self.h_m, self.s_q, self.s_k, self.n)
-            bounds = torch.from_numpy(bounds).cuda()
+        if bounds is not None:
+            bounds = torch.from_numpy(np.ascontiguousarray(bounds)).cuda()
         block_mask = None
         if self.block_mask:
             shape = (self.b, self.h_m, -(-self.s_q // 128), -(-self.s_k // 128))
