@@ -17,7 +17,7 @@ import paddle.distributed as dist
 from .. import _amp, _checks
 from ..functional import flashmask_attention
 from ..masks import validate, window_indices
-from .shards import Worker, gathered, in_order, part_of, piece, this_worker
+from .shards import Worker, gathered, in_order, part_of, piece, span, this_worker
 
 TOKENS = 1  # the axis of query, key and value
 
@@ -33,7 +33,7 @@ class _GatherKeys(paddle.autograd.PyLayer):
     def forward(ctx: Any, part: Any, worker: Worker, group: Any | None, needed: tuple[int, int]) -> tuple[Any, Any]:
         whole = in_order(gathered(part, worker, group), TOKENS)
         ctx.worker, ctx.group, ctx.seqlen = worker, group, whole.shape[TOKENS]
-        early, late = (whole[:, :tokens] for tokens in needed)
+        early, late = (span(whole, TOKENS, 0, tokens) for tokens in needed)
         return early, late
 
     @staticmethod

@@ -71,9 +71,12 @@ def keep_mask(dropout, seed, offset, q, k) -> tuple[Any, float]:
     return torch.from_numpy(keep).to(q.device), factor
 
 
-def check(got: dict[str, Any], want: dict[str, Any], naive: dict[str, Any]) -> dict[str, float]:
-    """Asserts that every result is finite and, in its worst element, at most twice as far from `want` as low
-    precision without any fusing is (FlashAttention's criterion), and close in norm. Returns the errors in norm."""
+def check(got: dict[str, Any], want: dict[str, Any], naive: dict[str, Any], times: float = 2.0) -> dict[str, float]:
+    """Asserts that every result is finite and, in its worst element, at most twice (`times`) as far from `want` as low
+    precision without any fusing is (FlashAttention's criterion), and close in norm. Returns the errors in norm.
+
+    Where a row sees one key its dQ is zero but for rounding: low precision is far off in norm there, and may be here.
+    """
     errors = {}
     for name, reference in want.items():
         mine, plain = got[name].double(), naive[name].double()
@@ -87,8 +90,9 @@ def check(got: dict[str, Any], want: dict[str, Any], naive: dict[str, Any]) -> d
         size = reference.norm().item()
         errors[name] = (mine - reference).norm().item() / size if size else mine.norm().item()
         floor = 1e-5 if name == "lse" else 1e-4
-        assert worst <= 2 * allowed + floor, f"{name}: worst error {worst:.3g}, plain low precision {allowed:.3g}"
-        assert errors[name] < 1.2e-2, f"{name}: relative error {errors[name]:.3g}"
+        assert worst <= times * allowed + floor, f"{name}: worst error {worst:.3g}, plain low precision {allowed:.3g}"
+        plain_error = (plain - reference).norm().item() / size if size else 0.0
+        assert errors[name] < max(1.2e-2, times * plain_error), f"{name}: relative error {errors[name]:.3g}"
         if name == "out":
             rows = got["lse"].transpose(1, 2) == float("-inf")
             assert (mine[rows] == 0).all(), "out: a fully masked row is not exactly zero"
