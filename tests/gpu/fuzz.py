@@ -69,17 +69,19 @@ def problem(seed: int) -> Any:
 
     rng = np.random.default_rng([2024, seed])
     s_q, s_k = (int(np.exp(rng.uniform(0, np.log(LONGEST)))) for _ in range(2))
+    of_training, square = (bool(draw) for draw in rng.integers(2, size=2))
+    if of_training or square:
+        s_q = s_k
     h_k = int(rng.choice([1, 2, 3]))
     h_q = h_k * int(rng.choice([1, 2, 4]))
     b = int(rng.integers(1, 4)) if max(s_q, s_k) < 2048 else 1
-    b = max(b, 500 // min(s_q, s_k))
+    b = max(b, min(500 // min(s_q, s_k), 10**6 // (s_q * s_k)))
     d = int(rng.choice(KERNEL_DIMS)) if rng.random() < 0.7 else int(rng.integers(1, 33)) * 8
     options: dict[str, Any] = {"deterministic": bool(rng.integers(2)), "no_skip": bool(rng.random() < 0.1)}
     if rng.random() < 0.1:
         options.update(dropout=float(rng.choice([0.1, 0.7])), seed=int(rng.integers(2**62)), offset=3)
     made: dict[str, Any] = {}
-    if rng.random() < 0.5:
-        s_q = s_k
+    if of_training:
         bounds, causal = mask_of_training(rng, b, s_k)
         if bounds is None:
             made = {"causal": causal}
@@ -88,7 +90,6 @@ def problem(seed: int) -> Any:
             made = {"bounds": bounds, "n": bounds.shape[3], "causal": causal, "h_m": bounds.shape[1]}
     else:
         n, causal = ((0, False), (0, True), *FORMS)[rng.integers(6)]
-        s_q = s_k if rng.random() < 0.5 else s_q
         made = {"n": n, "causal": causal, "h_m": int(rng.choice([1, h_k, h_q])) if n else 1}
     return Problem(
         b=b,
