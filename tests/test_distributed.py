@@ -30,6 +30,8 @@ CHECKS = (
     "recompute",
     "frozen",
     "some_gradients",
+    "rounding",
+    "what_is_passed_on",
     "amp",
     "groups",
     "training",

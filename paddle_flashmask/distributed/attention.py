@@ -17,7 +17,7 @@ import paddle.distributed as dist
 from .. import _amp, _checks
 from ..functional import flashmask_attention
 from ..masks import validate, window_indices
-from .shards import Worker, gathered, in_order, part_of, piece, span, this_worker
+from .shards import Worker, entry, gathered, in_order, part_of, piece, span, this_worker
 
 TOKENS = 1  # the axis of query, key and value
 
@@ -33,6 +33,8 @@ class _GatherKeys(paddle.autograd.PyLayer):
     def forward(ctx: Any, part: Any, worker: Worker, group: Any | None, needed: tuple[int, int]) -> tuple[Any, Any]:
         whole = in_order(gathered(part, worker, group), TOKENS)
         ctx.worker, ctx.group, ctx.seqlen = worker, group, whole.shape[TOKENS]
+        # Each by a call of its own, also where both are all keys: of one tensor that is returned twice Paddle would add
+        # the gradients itself, before they are float32.
         early, late = (span(whole, TOKENS, 0, tokens) for tokens in needed)
         return early, late
 
@@ -61,7 +63,7 @@ def _sum_of_part(whole: Any, worker: Worker, group: Any | None) -> Any:
         pieces = paddle.stack([piece(whole, TOKENS, chunk, 2 * workers) for chunk in chunks])
         sums = paddle.empty([2, *pieces.shape[1:]], pieces.dtype)
         dist.stream.reduce_scatter(sums, pieces, group=group)
-        return paddle.concat(paddle.unbind(sums), axis=TOKENS)
+        return paddle.concat([entry(sums, place) for place in range(2)], axis=TOKENS)
     dist.all_reduce(whole, group=group)  # Gloo has no reduce_scatter
     return part_of(whole, worker, TOKENS)
 
@@ -71,8 +73,7 @@ class _Halves(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx: Any, rows: Any) -> tuple[Any, Any]:
-        early, late = paddle.split(rows, 2, axis=TOKENS)
-        return early, late
+        return piece(rows, TOKENS, 0, 2), piece(rows, TOKENS, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, early: Any, late: Any) -> Any:
@@ -90,8 +91,7 @@ class _Joined(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx: Any, rows: Any) -> tuple[Any, Any]:
         with paddle.amp.auto_cast(enable=False):
-            early, late = paddle.split(rows, 2, axis=TOKENS)
-            return early, late
+            return piece(rows, TOKENS, 0, 2), piece(rows, TOKENS, 1, 2)
 
 
 def chunk_indices(indices: Any | None, seqlen: int, first: int, keys: int) -> Any | None:

@@ -15,7 +15,7 @@ import paddle.distributed as dist
 
 from .. import _checks
 
-# What paddle.split, paddle.concat and all_gather all take, on CPUs too.
+# What paddle.concat and all_gather both take, on CPUs too.
 DTYPES = ("bool", "int8", "uint8", "int32", "int64", "bfloat16", "float16", "float32", "float64")
 
 
@@ -81,9 +81,14 @@ def piece(tensor: Any, axis: int, number: int, count: int) -> Any:
     return span(tensor, axis, number * length, (number + 1) * length)
 
 
+def entry(tensor: Any, number: int) -> Any:
+    """tensor[number] of a tensor that is one block of memory, without a copy. (paddle.unbind knows no int8.)"""
+    return span(tensor, 0, number, number + 1).reshape(tensor.shape[1:])
+
+
 def in_order(parts: Any, axis: int) -> Any:
     """The whole sequence from `gathered` parts, whose own axis of tokens is `axis`."""
-    by_rank = paddle.unbind(parts)
+    by_rank = [entry(parts, rank) for rank in range(parts.shape[0])]
     early = [piece(part, axis, 0, 2) for part in by_rank]
     late = [piece(part, axis, 1, 2) for part in reversed(by_rank)]
     return paddle.concat(early + late, axis=axis)
@@ -167,8 +172,8 @@ def gather_sequence(part: paddle.Tensor, axis: int = 1, group: Any | None = None
         The parts in the order of the sequence, `workers` times as long.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or parts differ in shape; the message names it. (Where not
-            all workers call this, those that do wait.)
+        TypeError, ValueError: an argument is not as above, or parts differ in dtype or shape; the message names it.
+            (Where not all workers call this, those that do wait.)
         RuntimeError: several workers were launched, but paddle.distributed is not set up.
     """
     axis = _checked_axis("part", part, axis)
@@ -176,9 +181,15 @@ def gather_sequence(part: paddle.Tensor, axis: int = 1, group: Any | None = None
     if part.shape[axis] % 2:
         raise ValueError(f"part.shape[{axis}]: expected an even length, two chunks, got {part.shape[axis]}")
     if worker.workers > 1:  # of unequal parts the collective would return garbage, or end the process
-        rank, shape = paddle.to_tensor([part.ndim]), paddle.to_tensor(list(part.shape))
-        ranks = gathered(rank, worker, group).flatten().tolist()
-        shapes = gathered(shape, worker, group).tolist() if len(set(ranks)) == 1 else ranks
+        kind = paddle.to_tensor([part.ndim, DTYPES.index(_checks.dtype_name(part))], place=part.place)
+        kinds = gathered(kind, worker, group).tolist()
+        dtypes = [DTYPES[number] for _, number in kinds]
+        if len(set(dtypes)) > 1:
+            raise TypeError(f"part.dtype: expected the same on every worker, got {dtypes}")
+        shapes = [ndim for ndim, _ in kinds]
+        if len(set(shapes)) == 1:
+            shape = paddle.to_tensor(list(part.shape), place=part.place)
+            shapes = gathered(shape, worker, group).tolist()
         if any(each != shapes[0] for each in shapes):
             raise ValueError(f"part: expected the same shape on every worker, got {shapes}")
     with paddle.no_grad(), paddle.amp.auto_cast(enable=False):

@@ -47,7 +47,8 @@ def nccl(target: Path) -> Path:
     found = [folder / "libnccl.so.2" for folder in (*packages, Path("/usr/lib/x86_64-linux-gnu"))]
     library = next((file for file in found if file.exists()), None)
     link = folder / "libnccl.so"
-    if library is not None and not link.is_symlink():
+    link.unlink(missing_ok=True)
+    if library is not None:
         link.symlink_to(library)
     return folder
 
