@@ -22,6 +22,7 @@ from paddle_flashmask.functional import flashmask_attention
 
 from .guards import ROW_INDICES, _looks_plain_causal, argument_reader, guard_model
 from .patching import stands_in_for
+from .positions import rotary_trouble
 from .routing import ROUTED_DEVICES, _refuse_parallel, as_startend_row_indices, refuse_split_heads
 from .watch import report_call
 
@@ -89,6 +90,8 @@ def take_row_indices(
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
         read_mask = argument_reader(original, "attention_mask")
+        read_ids = argument_reader(original, "input_ids")
+        read_positions = argument_reader(original, "position_ids")
 
         @stands_in_for(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +109,7 @@ def take_row_indices(
             _refuse_parallel(config, None, ROW_INDICES)
             refuse_split_heads(config, rows)
             found = contradictions(config)
+            found += rotary_trouble(self, read_ids(args, kwargs), read_positions(args, kwargs), packed=True)
             if getattr(config, "refined_recompute", None):
                 found.append("refined_recompute keeps dense attention's tensors: leave it out")
             device = paddle.get_device().split(":")[0]

@@ -12,6 +12,7 @@ import paddle
 
 from ._common import drops_masks_by_environment
 from .patching import stands_in_for
+from .positions import rotary_trouble
 
 __all__ = [
     "ROW_INDICES",
@@ -102,12 +103,15 @@ def _looks_plain_causal(attention_mask: paddle.Tensor) -> bool:
 
 
 @paddle.jit.not_to_static
-def _check_model(model: Any, rows: Any, mask: Any) -> None:
+def _check_model(model: Any, rows: Any, mask: Any, input_ids: Any, position_ids: Any) -> None:
     if rows is not None and getattr(model.config, "alibi", False):
         raise ValueError(
             f"{ROW_INDICES} with config.alibi=True: {type(model).__name__} leaves alibi out when it gets row indices. "
             "Use a model with rotary positions, or a dense attention_mask with use_flash_attention=False"
         )
+    trouble = rotary_trouble(model, input_ids, position_ids, packed=rows is not None)
+    if trouble:
+        raise ValueError(f"{type(model).__name__}: " + "; ".join(trouble))
     if rows is not None or mask is None:
         return
     if drops_masks_by_environment():
@@ -148,15 +152,18 @@ def _check_attention(layer: Any, rows: Any, module: Any) -> None:
 
 
 def guard_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around a decoder model's ``forward``: masks that the model drops before any layer sees them."""
+    """Around a decoder model's ``forward``: masks that the model drops before any layer sees them, and positions."""
     read_mask = argument_reader(original, "attention_mask")
+    read_ids = argument_reader(original, "input_ids")
+    read_positions = argument_reader(original, "position_ids")
     has_rows = ROW_INDICES in inspect.signature(original).parameters
     read_rows = argument_reader(original, ROW_INDICES) if has_rows else lambda args, kwargs: None
 
     @paddle.jit.not_to_static
     @stands_in_for(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_model(self, read_rows(args, kwargs), read_mask(args, kwargs))
+        ids, positions = read_ids(args, kwargs), read_positions(args, kwargs)
+        _check_model(self, read_rows(args, kwargs), read_mask(args, kwargs), ids, positions)
         return original(self, *args, **kwargs)
 
     return forward
