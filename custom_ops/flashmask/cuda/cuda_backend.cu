@@ -304,10 +304,10 @@ FlashmaskStatus check(const FlashmaskParams& op, const NamedTensor (&tensors)[kC
     *error = "workspace: the address must be a multiple of 16 bytes";
     return FLASHMASK_INVALID_ARGUMENT;
   }
-  // Blocks are numbered with 32 bits; the smallest unit of work is 16 rows of one head.
+  // Work is numbered with 32 bits; the smallest unit is 16 rows of one head, and sm90 numbers those of 64 rows, too.
   const int64_t rows = std::max<int64_t>(op.seqlen_q, op.seqlen_k) + 128;
-  if (static_cast<int64_t>(op.batch) * op.heads_q * (rows / 16) >= INT32_MAX || rows > INT32_MAX - 4096) {
-    *error = "batch, heads_q, seqlen_q: batch * heads_q * seqlen / 16 must stay below 2^31";
+  if (static_cast<int64_t>(op.batch) * op.heads_q * (rows / 16) >= INT32_MAX / 5 * 4 || rows > INT32_MAX - 4096) {
+    *error = "batch, heads_q, seqlen_q: batch * heads_q * seqlen / 16 must stay below 4/5 of 2^31";
     return FLASHMASK_INVALID_ARGUMENT;
   }
   return FLASHMASK_OK;

@@ -3,7 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "launch.h"
-#ifdef FLASHMASK_WITH_SM90  // toolkits before 12.0 know no tensor maps
+#ifdef FLASHMASK_WITH_SM90  // older toolkits know no tensor maps
 #include "../sm90/limits.h"
 #include "../sm90/tensor_map.h"
 #endif

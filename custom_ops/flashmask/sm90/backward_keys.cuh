@@ -116,7 +116,7 @@ __device__ __forceinline__ void bring_keys(const KernelParams& p, const Backward
     }
   };
 
-  // `number`: of the column tile at work, -1 before the first. `early`: its successor is known before it ends.
+  // `number`: of the column tile at work, ~0u before the first. `early`: its successor is known before it ends.
   uint32_t number = ~0u;
   WorkItem::Kind next = scheduler.tell_next();
   while (true) {

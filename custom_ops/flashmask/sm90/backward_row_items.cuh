@@ -172,7 +172,7 @@ struct RowItem {
     const int64_t row_tile_of_lane =
         static_cast<int64_t>(batch_head) * p.lists.row_tiles + first_tile + min(lane(), tiles - 1);
     const uint32_t summed = __ballot_sync(kAllLanes, read_count(sums_state(p, row_tile_of_lane, consumer)) != kNoSums);
-    const float scale = p.turns != nullptr ? 1.0f : p.op.softmax_scale;  // store_dq() says why
+    const float scale = p.turns != nullptr ? 1.0f : p.op.softmax_scale;  // wait_for_dq_place() says why
     const auto scaled = [&](float sum) { return sum * scale + 0.0f; };   // no zero is negative
     for_each_tile(q, dout, [&](int tile, uint32_t first_part, uint32_t second_part, const auto& free) {
       const uint32_t fragments = (consumer == 0 ? first_part : second_part) + (warp() * 32 + g * 4) * 16;

@@ -12,13 +12,14 @@
 
 namespace flashmask::sm90 {
 
-// For a whole warp: whether the rows of the column tile's query heads are prepared, and waiting until they are. The
-// copy engine may read them then.
+// The counter of one of the column tile's query heads.
 __device__ __forceinline__ const int32_t* prepared_of_lane(const KernelParams& p, const BackwardBlock& block,
                                                            int head) {
   const int of_lane = min(head + static_cast<int>(threadIdx.x % 32), block.end_head - 1);
   return p.prepared + block.batch_head(p.op, of_lane);
 }
+// For a whole warp: whether the rows of the column tile's query heads are prepared, and waiting until they are. The
+// copy engine may read them then.
 __device__ __forceinline__ bool rows_are_there(const KernelParams& p, const BackwardBlock& block) {
   for (int head = block.first_head; head < block.end_head; head += 32) {
     const int32_t* prepared = prepared_of_lane(p, block, head);
@@ -36,10 +37,10 @@ __device__ __forceinline__ void wait_for_rows(const KernelParams& p, const Backw
   fence_async_proxy_global();
 }
 
-// For a whole warp: whether all column tiles of the key head have added their dQ.
 __device__ __forceinline__ int32_t* finished_of(const KernelParams& p, int row_item) {
   return p.finished + row_item / static_cast<int>(opaque(p.key_head_row_items));
 }
+// For a whole warp: whether all column tiles of the key head have added their dQ.
 __device__ __forceinline__ bool sums_are_there(const KernelParams& p, int row_item) {
   return !__any_sync(kAllLanes, read_count(finished_of(p, row_item)) < kFinishedCounts * p.lists.column_tiles);
 }

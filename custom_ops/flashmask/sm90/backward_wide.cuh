@@ -36,8 +36,7 @@ struct WideConsumer {
   static constexpr bool kScoresAhead = !kDeterministic || kHeadDim <= 192;
   static constexpr int kDqPiece = kScoresAhead ? 8 : 16;
   static_assert(kFirstDqGroups % kDqPiece == 0 && kLastDqGroups % kDqPiece == 0);
-  // Behind each addition of dQ in the deterministic mode. The default mode gains nothing from them: others work
-  // meanwhile.
+  // Behind each addition of dQ in the deterministic mode; the default mode gains nothing (log, backward #86).
   static constexpr int kSlotsAfterAddition = 4;
   static_assert(Config::kColumns == 64 && Config::kRows == 64);
 

@@ -82,6 +82,16 @@ struct WorkItem {
   bool waits;        // what it needs, prepared rows or sums, is not known to be there
 };
 
+// Row items of all heads are numbered by batch, query head and place in it.
+__device__ __forceinline__ ColumnWork row_item_place(const KernelParams& p, int number) {
+  const auto fresh = [](int value) { return static_cast<int>(opaque(value)); };  // few registers: nothing is kept
+  const int batch_head = number / fresh(p.row_items), batch = batch_head / fresh(p.op.heads_q);
+  return {batch, batch_head - batch * p.op.heads_q, number - batch_head * p.row_items};
+}
+__device__ __forceinline__ int row_item_number(const KernelParams& p, const ColumnWork& place) {
+  return (place.batch * p.op.heads_q + place.head_k) * p.row_items + place.column_tile;
+}
+
 // Up to 128 dims a block takes tickets for column tiles and for rows to prepare, and works on them in ascending order.
 // With a row item to prepare it gets one to finish (a claim, in the order of heads), unless it has one still, and so
 // far behind that the column tiles of that key head are mostly done. Then it follows at once: what it takes to go from
@@ -93,15 +103,6 @@ struct WorkItem {
 // unfinished ticket always goes on: whatever has to be done for one, by any warp of its block, waits for nothing of a
 // later one, and a claim is waited for only by a block whose tickets are all done or only need its other warps. When
 // all tickets are done, so are all column tiles, and no claim waits.
-__device__ __forceinline__ ColumnWork row_item_place(const KernelParams& p, int number) {
-  const auto fresh = [](int value) { return static_cast<int>(opaque(value)); };  // few registers: nothing is kept
-  const int batch_head = number / fresh(p.row_items), batch = batch_head / fresh(p.op.heads_q);
-  return {batch, batch_head - batch * p.op.heads_q, number - batch_head * p.row_items};
-}
-__device__ __forceinline__ int row_item_number(const KernelParams& p, const ColumnWork& place) {
-  return (place.batch * p.op.heads_q + place.head_k) * p.row_items + place.column_tile;
-}
-
 __device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ticket, bool sparse) {
   const OrderedWork work = in_order(sparse ? p.sparse_order : p.order, ticket);
   if (!work.is_column) return {WorkItem::kPrepareRows, row_item_place(p, work.number), false};
@@ -109,7 +110,7 @@ __device__ __forceinline__ WorkItem item_of_ticket(const KernelParams& p, int ti
   return {place.batch < 0 ? WorkItem::kNothing : WorkItem::kColumnTile, place, false};
 }
 
-// The same with what follows from it.
+// A column tile, with what follows from it.
 struct BackwardBlock {
   int batch, head_k;
   int column_tile, column_begin;

@@ -58,7 +58,7 @@ struct ForwardShape {
   static constexpr int kOrderStages = 8;
 };
 
-// Tile sizes divide the block mask's 128. Measured in docs/performance-log.md.
+// Measured in docs/performance-log.md. (What the lists hold, 64 rows x kPartColumns, divides the block mask's 128.)
 template <int kHeadDim>
 struct ForwardConfig;
 template <>
@@ -73,7 +73,7 @@ template <>
 struct ForwardConfig<256> : ForwardShape<2, 64, 2, 3, 2, 1, OutputBy::kRegisters> {};
 
 // Where nothing masks: no code for masks and skipped tiles, and any tiles. Without a choice of its own, a head dim
-// takes the one above.
+// takes its ForwardConfig.
 template <int kHeadDim>
 struct UnmaskedConfig {
   static constexpr int kConsumers = 0;

@@ -39,8 +39,8 @@ struct Turn {
 };
 
 // Which part of a column tile a pass is about; whether it is the first that is seen of the tile (kEnters), and whether
-// the pass frees K (kLeaves). A pass that enters a tile in parts cannot know whether the other part is seen: if not,
-// finish_tile frees K behind it. `index` is a constant where the pass is written for one part.
+// the pass frees K (kLeaves). Whether the other part is seen is not known at compile time in a pass that enters a tile
+// in parts: if not, finish_tile frees K behind it. `index` is a constant where the pass is written for one part.
 template <bool kEnters_, bool kLeaves_>
 struct TilePart {
   static constexpr bool kEnters = kEnters_, kLeaves = kLeaves_;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   int tile = 0;          // of these
   uint32_t weighed = 0;  // tile_word of the tile whose scores are at work
   uint32_t flags = 0;    // that of the tile that K holds next
-  uint32_t ended = 0;    // not 0 behind the last tile of the row tile at work, or once `begun` of the next one
+  uint32_t ended = 0;    // not 0 behind the last tile of the row tile at work; once `begun`, of the one `next` names
   // The row tile at work, and the next where that is known: which then follows without a gap if it sees anything.
   RowTile work{}, next;
   bool has_next = false, follows = false;

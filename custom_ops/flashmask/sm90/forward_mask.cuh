@@ -1,4 +1,4 @@
-// Element masks of partial tiles. A warp of the producers works out which rows of a tile every column masks, one bit
+// Element masks of partial tiles. Two warps of the producers work out which rows of a tile every column masks, one bit
 // each, while the consumers still multiply; these then need one test per score.
 #pragma once
 

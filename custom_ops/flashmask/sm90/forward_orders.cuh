@@ -1,6 +1,6 @@
 // What to do next, told tile by tile. One warp, the scheduler, takes row tiles from the global queue, walks their tile
-// lists and writes orders into a ring in shared memory, far enough ahead that neither the queue nor the lists are ever
-// waited for. The loader and the mask warps read them.
+// lists and writes orders into a ring in shared memory, far enough ahead that after a block's first
+// row tile neither the queue nor the lists are waited for. The loader and the mask warps read them.
 #pragma once
 
 #include <type_traits>

@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_fragment(float* place, const float (&c)[4]) 
 }
 
 // The same, or stored there. ptxas makes a branch around the addition of its predicate; the gap that this leaves
-// between additions does no harm, on the contrary (log, backward #86).
+// between additions does no harm, on the contrary (log, backward #84, #86).
 __device__ __forceinline__ void add_or_store_fragment(float* place, const float (&c)[4], bool stores) {
   asm volatile(
       "{\n"
