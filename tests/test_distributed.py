@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import paddle
 import paddle.distributed as dist
 import pytest
 from reference import FORMS, random_intervals
+from worker_processes import run_workers
 
 from paddle_flashmask import flashmask_attention, masks
 from paddle_flashmask.distributed import context_parallel_attention, gather_sequence, split_sequence
@@ -38,60 +34,16 @@ CHECKS = (
 )
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def run_workers(workers: int, command: list[Any], folder: Path) -> list[str]:
-    """What each worker wrote; fails where one fails, with what that one wrote last."""
-    master, *ports = free_ports(workers + 1)
-    ends = [f"127.0.0.1:{port}" for port in ports]
-    processes, logs = [], [folder / f"worker-{rank}.txt" for rank in range(workers)]
-    for rank, log in enumerate(logs):
-        environment = {
-            **os.environ,
-            "PADDLE_TRAINER_ID": str(rank),
-            "PADDLE_TRAINERS_NUM": str(workers),
-            "PADDLE_TRAINER_ENDPOINTS": ",".join(ends),
-            "PADDLE_CURRENT_ENDPOINT": ends[rank],
-            "PADDLE_MASTER": f"127.0.0.1:{master}",
-            "PADDLE_DISTRI_BACKEND": "gloo",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen([sys.executable, *command], env=environment, cwd=TESTS, stdout=output, stderr=output)
-            )
-    end = time.monotonic() + 240
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        if any(process.poll() for process in processes):  # the others may wait for it for ever
-            end = min(end, time.monotonic() + 5)
-        time.sleep(0.1)
-    statuses = [process.poll() for process in processes]  # None: it was still at work
-    for process in processes:
-        process.kill()
-        process.wait()
-    texts = [log.read_text() for log in logs]
-    failed = [
-        f"worker {rank}, status {statuses[rank]}:\n{text[-2000:]}"
-        for rank, text in enumerate(texts)
-        if statuses[rank] != 0
-    ]
-    assert not failed, "\n".join(failed)
-    return texts
+def run_gloo(workers: int, command: list[Any], folder: Path) -> list[str]:
+    """What each worker wrote."""
+    environment = {"PADDLE_DISTRI_BACKEND": "gloo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return run_workers([command] * workers, folder, environment, seconds=240, cwd=TESTS)
 
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_on_workers(workers: int, tmp_path: Path) -> None:
     """Every check of distributed_worker.py."""
-    for text in run_workers(workers, ["distributed_worker.py", *CHECKS], tmp_path):
+    for text in run_gloo(workers, ["distributed_worker.py", *CHECKS], tmp_path):
         assert [line for line in text.splitlines() if line.startswith("passed")] == [f"passed: {c}" for c in CHECKS]
 
 
@@ -101,8 +53,8 @@ def test_the_example_of_the_documents(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n# example.py\n(.*?)```", document, re.DOTALL)
     example = tmp_path / "example.py"
     example.write_text(code)
-    said = {line for text in run_workers(2, [example], tmp_path) for line in text.splitlines() if "loss" in line}
-    (alone,) = (line for line in run_workers(1, [example], tmp_path)[0].splitlines() if "loss" in line)
+    said = {line for text in run_gloo(2, [example], tmp_path) for line in text.splitlines() if "loss" in line}
+    (alone,) = (line for line in run_gloo(1, [example], tmp_path)[0].splitlines() if "loss" in line)
     (together,) = said
     assert together.split()[2:] == alone.split()[2:] == ["logits", "[1,", "1024,", "100]"]
     assert float(together.split()[1]) == pytest.approx(float(alone.split()[1]), rel=1e-6)
