@@ -1,4 +1,7 @@
-"""Models beyond the four that take row indices by themselves: equal to the dense mask, or a refusal."""
+"""Models beyond the four that take row indices by themselves: equal to the dense mask, or a refusal.
+
+And which dense masks the models keep, for all that would drop some.
+"""
 
 import importlib
 
@@ -10,7 +13,7 @@ from paddlenlp_zoo import DOCUMENT, ROWS, current_document, zoo_model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 from paddle_flashmask.paddlenlp import carried, workarounds
-from paddle_flashmask.paddlenlp.families import CARRIED
+from paddle_flashmask.paddlenlp.families import CARRIED, FAMILIES
 
 ADDED = tuple(f"{prefix}ForCausalLM" for prefix in CARRIED.values())
 
@@ -76,6 +79,79 @@ def test_padding_and_whole_batches_without_row_indices(name):
             loss_and_gradients(zoo_model(name), plain, use_flash_attention=True),
             loss_and_gradients(zoo_model(name), plain, use_flash_attention=False),
         )
+
+
+DROPPING = tuple(f"{prefix}ForCausalLM" for prefix in (*FAMILIES.values(), "DeepseekV3", "Mixtral", "Gemma"))
+"""Those that drop a dense mask which they take for plain causal."""
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dense_masks_that_show_the_future(name, made):
+    def outcome(mask, use_flash_attention):
+        batch = {**made["dense"], "attention_mask": mask}
+        return loss_and_gradients(zoo_model(name), batch, use_flash_attention)
+
+    causal = paddle.tril(paddle.ones([2, 1, 48, 48], dtype="int32")).astype("bool")
+    prefix = causal | (paddle.arange(48) < 20)
+    plain = outcome(causal, True)
+    assert_same(plain, outcome(causal, False))
+    for mask in (prefix, paddle.ones_like(causal)):
+        expected = outcome(mask, False)
+        assert abs(plain[0] - expected[0]) > 1e-3, "the comparison cannot tell masks apart"
+        assert_same(outcome(mask, True), expected, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_padding_on_the_left_at_a_step_of_generation(name):
+    net = zoo_model(name, use_flash_attention=True)
+    net.eval()
+    alone = paddle.to_tensor([[5, 9, 11, 7, 8]])
+    padded = paddle.to_tensor([[0, 0, 5, 9, 11, 7, 8], [3, 4, 8, 9, 10, 12, 2]])
+    mask = paddle.to_tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    places = (mask.cumsum(-1) - 1).clip(min=0)
+    settings = {"use_cache": True, "return_dict": False}
+    with paddle.no_grad():
+        first = net(padded[:, :6], attention_mask=mask[:, :6], position_ids=places[:, :6], **settings)
+        step = net(
+            padded[:, 6:],
+            attention_mask=mask,
+            position_ids=places[:, 6:],
+            past_key_values=first[1],
+            **settings,
+        )
+        net.config.use_flash_attention = False
+        expected = net(alone, **settings)
+    np.testing.assert_allclose(step[0][0, -1].numpy(), expected[0][0, -1].numpy(), atol=2e-5)
+
+
+def additive(allowed, dtype, hidden=None):
+    hidden = paddle.finfo(dtype).min if hidden is None else hidden
+    return paddle.where(allowed, paddle.zeros([1], dtype="float32"), paddle.full([1], hidden, "float32")).astype(dtype)
+
+
+@pytest.mark.parametrize("folder", ["llama", "qwen2", "qwen2_moe", "deepseek_v2", "mixtral", "gemma"])
+def test_which_masks_count_as_causal(folder):
+    is_casual_mask = importlib.import_module(f"paddlenlp.transformers.{folder}.modeling").is_casual_mask
+    assert is_casual_mask(None)
+    causal = paddle.to_tensor(np.tri(6, dtype=bool)[None, None].repeat(2, 0))
+    others = {
+        "shows one token of the future": causal | paddle.to_tensor(np.eye(6, k=3)[0] > 0),
+        "shows everything": paddle.ones_like(causal),
+        "of one row": causal[:, :, -1:],
+        "with keys before the queries": causal[:, :, 2:],
+        "hides the diagonal": causal & paddle.to_tensor(~np.eye(6, dtype=bool)),
+        "hides the first token": causal & (paddle.arange(6) > 0),
+        "of two kinds": paddle.concat([causal[:1], paddle.ones_like(causal[:1])]),
+    }
+    forms = [lambda allowed: allowed, lambda allowed: allowed.astype("int64")]
+    forms += [lambda allowed, dtype=dtype: additive(allowed, dtype) for dtype in ("float32", "bfloat16")]
+    forms += [lambda allowed, hidden=hidden: additive(allowed, "float32", hidden) for hidden in (-1e4 - 1, -np.inf)]
+    for form in forms:
+        assert is_casual_mask(form(causal))
+        assert is_casual_mask(form(causal[:, :, :1, :1]))
+        for name, mask in others.items():
+            assert not is_casual_mask(form(mask)), name
+    assert not is_casual_mask(additive(causal, "float32", -2.0)), "a bias hides nothing"
 
 
 @pytest.mark.parametrize("name", ADDED)

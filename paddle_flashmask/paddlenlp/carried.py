@@ -32,7 +32,6 @@ __all__ = [
     "guard_dropped_mask",
     "guard_shared_model",
     "hand_over",
-    "keep_none",
     "no_mask",
     "refuse",
     "route_functional",
@@ -231,16 +230,6 @@ def no_mask(value: Any) -> Callable[[Any], Any]:
 def everything() -> paddle.Tensor:
     """A mask that hides nothing, of one element: it stands where a model wants some mask."""
     return paddle.ones([1, 1, 1, 1], dtype="bool")
-
-
-def keep_none(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``is_casual_mask``: a mask that was not built is none."""
-
-    @stands_in_for(original)
-    def is_casual_mask(attention_mask: paddle.Tensor | None) -> Any:
-        return True if attention_mask is None else original(attention_mask)
-
-    return is_casual_mask
 
 
 def hand_over(original: Callable[..., Any]) -> Callable[..., Any]:

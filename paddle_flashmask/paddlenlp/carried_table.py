@@ -7,12 +7,14 @@ from typing import Any
 
 from . import carried, workarounds
 from .families import CARRIED
-from .guards import ROW_INDICES
+from .guards import ROW_INDICES, exactly_causal
 from .patching import Patch
 
-__all__ = ["REFUSED", "carried_patches"]
+__all__ = ["DROPS_MASK", "REFUSED", "carried_patches"]
 
 _TRANSFORMERS = "paddlenlp.transformers"
+
+DROPS_MASK = "a dense mask that shows the future, or the padding at a step of generation, is dropped"
 
 _ALIBI = "it adds alibi to every score, which has no place beside row indices"
 _BOTH_WAYS = "its prompts attend both ways, which these batches do not describe"
@@ -86,7 +88,7 @@ def carried_patches() -> list[Patch]:
         method = f"{folder}.modeling:{prefix}Model._prepare_decoder_attention_mask"
         add(method, carried.no_mask(lambda: None), builds_mask)
     for folder, prefix in (("mixtral", "Mixtral"), ("gemma", "Gemma")):
-        add(f"{folder}.modeling:is_casual_mask", carried.keep_none, builds_mask)
+        add(f"{folder}.modeling:is_casual_mask", exactly_causal, DROPS_MASK)
         swallows = carried.refuse(f"it swallows them; call {prefix}ForCausalLM")
         add(f"{folder}.modeling:{prefix}Model.forward", swallows, "**kwargs swallows row indices")
     add("qwen.modeling:QWenModel.get_masks", carried.no_mask(carried.everything), builds_mask)

@@ -17,6 +17,7 @@ from .positions import rotary_trouble
 __all__ = [
     "ROW_INDICES",
     "accepts_row_indices",
+    "exactly_causal",
     "guard_attention",
     "guard_dpo_layout",
     "guard_generate",
@@ -92,10 +93,41 @@ def _looks_plain_causal(attention_mask: paddle.Tensor) -> bool:
         allowed = attention_mask >= 0
     else:
         allowed = attention_mask != 0
+    return _is_lower_triangle(allowed)
+
+
+def _is_lower_triangle(allowed: paddle.Tensor) -> bool:
     length = allowed.shape[-1]
     if allowed.shape[-2] != length:
         return False
-    return bool((allowed == paddle.tril(paddle.ones([length, length], dtype="int32")).astype("bool")).all())
+    place = paddle.arange(length)
+    return bool((allowed == (place.unsqueeze(1) >= place)).all())
+
+
+# Scores below it vanish in the softmax; PaddleNLP's masks hide with the smallest number of their type.
+_HIDDEN = -1e4
+
+
+def exactly_causal(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of ``is_casual_mask``, which decides whether a model drops its dense mask for plain causal attention.
+
+    PaddleNLP's looks below the diagonal only, so that a mask that shows the future counts as causal, and so does one
+    row of any mask: a step of generation, where the padding must stay hidden.
+    """
+
+    @paddle.jit.not_to_static
+    @stands_in_for(original)
+    def is_casual_mask(attention_mask: paddle.Tensor | None) -> bool:
+        if attention_mask is None:  # it was not built, see carried.no_mask
+            return True
+        if not paddle.in_dynamic_mode():
+            return False  # unknown while a static program is built: dense attention is right for every mask
+        if not paddle.is_floating_point(attention_mask):
+            return _is_lower_triangle(attention_mask.astype("bool"))
+        # Anything between, a bias for instance, is on neither side and makes the two triangles differ.
+        return _is_lower_triangle(attention_mask == 0) and _is_lower_triangle(attention_mask > _HIDDEN)
+
+    return is_casual_mask
 
 
 # `paddle.jit.to_static` must not translate the checks and the functions around the models: it would lose *args and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import carried, guards, routing, workarounds
-from .carried_table import carried_patches
+from .carried_table import DROPS_MASK, carried_patches
 from .families import FAMILIES
 from .patching import Patch
 
@@ -106,6 +106,7 @@ def patches() -> list[Patch]:
                 guards.guard_attention,
                 "use_flash_attention=False ignores row indices",
             ),
+            Patch(f"{_TRANSFORMERS}.{folder}.modeling:is_casual_mask", guards.exactly_causal, DROPS_MASK),
             Patch(
                 f"{_TRANSFORMERS}.{folder}.modeling_pp:parse_args",
                 workarounds.pipeline_arguments,
