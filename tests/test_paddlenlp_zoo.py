@@ -74,7 +74,7 @@ def test_padding_and_whole_batches_without_row_indices(name):
         assert_same(got, loss_and_gradients(zoo_model(name), made["dense"], use_flash_attention=False))
     # A call without row indices is PaddleNLP's own again, right after one with them.
     assert carried._current.get() is None
-    if name not in ("GPTForCausalLM", "ChatGLMv2ForCausalLM"):  # no flash attention on a CPU; rows of a batch mixed up
+    if name != "GPTForCausalLM":  # no flash attention on a CPU
         assert_same(
             loss_and_gradients(zoo_model(name), plain, use_flash_attention=True),
             loss_and_gradients(zoo_model(name), plain, use_flash_attention=False),
@@ -152,6 +152,27 @@ def test_which_masks_count_as_causal(folder):
         for name, mask in others.items():
             assert not is_casual_mask(form(mask)), name
     assert not is_casual_mask(additive(causal, "float32", -2.0)), "a bias hides nothing"
+
+
+@pytest.mark.parametrize("mask", ["dense", "none"])
+def test_rows_of_a_batch_stay_apart_in_chatglm(mask, made):
+    batch = dict(made["dense"])
+    if mask == "none":
+        batch.pop("attention_mask")
+    name = "ChatGLMv2ForCausalLM"
+    assert_same(loss_and_gradients(zoo_model(name), batch, True), loss_and_gradients(zoo_model(name), batch, False))
+    batch.pop("labels")
+    net = zoo_model(name, use_flash_attention=True)
+    net.eval()
+    with paddle.no_grad():
+        together = net(**batch)[0].numpy()
+        for row in range(2):
+            one = {key: value[row : row + 1] for key, value in batch.items()}
+            alone = net(**one)[0].numpy()
+            np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
+            net.config.use_flash_attention = False
+            np.testing.assert_allclose(alone, net(**one)[0].numpy(), atol=2e-5)
+            net.config.use_flash_attention = True
 
 
 @pytest.mark.parametrize("name", ADDED)

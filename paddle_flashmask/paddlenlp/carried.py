@@ -35,6 +35,7 @@ __all__ = [
     "no_mask",
     "refuse",
     "route_functional",
+    "route_functional_length_first",
     "route_gpt",
     "take_row_indices",
 ]
@@ -46,12 +47,10 @@ class _Carried:
 
     Attributes:
         rows: the row indices.
-        length_first: whether the model reshapes the attention's output as if it were ``[s, b, h, d]``.
         calls: routed attention calls so far; with ``hand_over`` how often the model picked the rows up.
     """
 
     rows: paddle.Tensor
-    length_first: bool = False
     calls: int = field(default=0)
 
 
@@ -78,13 +77,12 @@ def _with_argument(function: Callable[..., Any], original: Callable[..., Any]) -
 
 
 def take_row_indices(
-    contradictions: Callable[[Any], list[str]] = lambda config: [], length_first: bool = False
+    contradictions: Callable[[Any], list[str]] = lambda config: [],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Around a ``ForCausalLM.forward``: an argument for the row indices.
 
     Args:
         contradictions: says what in a config does not go with row indices, and what to change.
-        length_first: see ``_Carried``.
     """
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +114,7 @@ def take_row_indices(
                 found.append(f"device {device}: use one of {', '.join(ROUTED_DEVICES)}")
             if found:
                 raise ValueError(f"{ROW_INDICES} with {name}: " + "; ".join(found))
-            carried = _Carried(rows, length_first)
+            carried = _Carried(rows)
             with _carrying(carried):
                 out = original(self, *args, **kwargs)
             if carried.calls != config.num_hidden_layers:
@@ -145,11 +143,23 @@ def _attend(
     out = flashmask_attention(query, key, value, indices, causal=causal, dropout=dropout, training=training)
     report_call(query, key, value, carried.rows, out)
     carried.calls += 1
-    return out.transpose([1, 0, 2, 3]) if carried.length_first else out
+    return out
 
 
 def route_functional(original: Any) -> types.ModuleType:
     """Replacement of a modeling file's ``F``: the same functions, but row indices that are carried are used."""
+    return _routed_functional(original, length_first=False)
+
+
+def route_functional_length_first(original: Any) -> types.ModuleType:
+    """``route_functional`` for a file that reshapes the attention's output as if it were ``[s, b, h, d]``.
+
+    It does so with any mask and with none, which mixes up the rows of a batch. Such a file gets what it expects.
+    """
+    return _routed_functional(original, length_first=True)
+
+
+def _routed_functional(original: Any, length_first: bool) -> types.ModuleType:
     functional = types.ModuleType(original.__name__)
     attend_dense = original.scaled_dot_product_attention
 
@@ -166,10 +176,12 @@ def route_functional(original: Any) -> types.ModuleType:
     ) -> paddle.Tensor:
         carried = _current.get()
         if carried is None:
-            return attend_dense(query, key, value, attn_mask, dropout_p, is_causal, training, **more)
-        if attn_mask is not None and attn_mask.size != 1:
+            out = attend_dense(query, key, value, attn_mask, dropout_p, is_causal, training, **more)
+        elif attn_mask is not None and attn_mask.size != 1:
             raise RuntimeError(f"{ROW_INDICES} beside a dense mask of shape {list(attn_mask.shape)}")
-        return _attend(carried, query, key, value, dropout_p, training)
+        else:
+            out = _attend(carried, query, key, value, dropout_p, training)
+        return out.transpose([1, 0, 2, 3]) if length_first else out
 
     functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
     functional.__getattr__ = lambda name: getattr(original, name)  # type: ignore[method-assign]

@@ -72,7 +72,7 @@ def carried_patches() -> list[Patch]:
     no_argument = "the model has no argument for row indices"
     builds_mask = "an O(N^2) dense mask is built that nothing uses"
     options: dict[str, dict[str, Any]] = {
-        "chatglm_v2": {"contradictions": _chatglm_contradictions, "length_first": True},
+        "chatglm_v2": {"contradictions": _chatglm_contradictions},
         "gpt": {"contradictions": _gpt_contradictions},
     }
     for folder, prefix in CARRIED.items():
@@ -82,6 +82,9 @@ def carried_patches() -> list[Patch]:
         if folder == "gpt":
             add(f"{file}:MultiHeadAttention._flash_attention", carried.route_gpt, "the layers ignore masks")
             add(f"{file}:GPTModel.forward", carried.guard_dropped_mask, "use_flash_attention ignores a dense mask")
+        elif folder == "chatglm_v2":
+            mixes_up = "the layers attend through this module's F, and mix up the rows of a batch"
+            add(f"{file}:F", carried.route_functional_length_first, mixes_up)
         else:
             add(f"{file}:F", carried.route_functional, "the layers attend through this module's F")
     for folder, prefix in (("mistral", "Mistral"), ("mixtral", "Mixtral"), ("gemma", "Gemma")):
