@@ -42,6 +42,7 @@ def parse_arguments() -> tuple:
 def main() -> None:
     model_args, data_args, training_args, dpo_args, example_args = parse_arguments()
     dpo_args.lora = bool(model_args.lora or model_args.lora_path)
+    flashmask_nlp.check_reference_updates(dpo_args, training_args)
     folder = run_folder(training_args, example_args.compare)
     files = preference_files(folder, data_args, example_args, ranks=(0, 3))
     if example_args.compare:

@@ -277,6 +277,35 @@ def test_updates_of_a_reference_that_is_the_policy():
         config.lora = True
 
 
+@pytest.mark.parametrize(
+    ("settings", "checkpoint", "message"),
+    [
+        ({"gradient_accumulation_steps": 4}, None, "-1 with gradient_accumulation_steps above 1, got 2 and 4"),
+        ({}, "checkpoint-3", "-1 with resume_from_checkpoint, got 2 and checkpoint-3"),
+        ({}, True, "-1 with resume_from_checkpoint, got 2 and True"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, None, "-1 with resume_from_checkpoint, got 2 and checkpoint-3"),
+    ],
+)
+def test_updates_of_the_reference_that_go_wrong_are_refused(settings, checkpoint, message, dataset, tmp_path):
+    """PaddleNLP saves no reference model, and counts batches as steps."""
+    with flashmask_nlp.enabled():
+        trainer = make_trainer("flashmask", dataset, tmp_path, **settings)
+        trainer.dpo_config.ref_model_update_steps = 2
+        with pytest.raises(ValueError, match=f"ref_model_update_steps must be {message}: "):
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_updates_of_the_reference(dataset, tmp_path):
+    """Where each step is one batch they do what they say."""
+    with flashmask_nlp.enabled():
+        trainer = make_trainer("flashmask", dataset, tmp_path, max_steps=2)
+        trainer.dpo_config.ref_model_update_steps = 1
+        logs = Logs()
+        trainer.add_callback(logs)
+        trainer.train()
+    assert logs["rewards/margins"].tolist() == [0, 0], "the policy is compared with itself"
+
+
 def test_losses_without_reference():
     assert flashmask_nlp.DPOConfig(loss_type="simpo").reference_free
     orpo = flashmask_nlp.DPOConfig(loss_type="orpo")

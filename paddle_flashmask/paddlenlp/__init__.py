@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import check_model, enable_from_args
 from .data import read_pairs
-from .dpo import DPOConfig, PreferenceDataConfig, reference_model
+from .dpo import DPOConfig, PreferenceDataConfig, check_reference_updates, reference_model
 from .families import MODELS
 from .packing import PackedDataset, PackingCollator, encode_pair, pack_lengths
 from .preference import encode_preference, read_preferences
@@ -41,6 +41,7 @@ __all__ = [
     "VerifyArguments",
     "VerifyCallback",
     "check_model",
+    "check_reference_updates",
     "disable",
     "enable",
     "enable_from_args",

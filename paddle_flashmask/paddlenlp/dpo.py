@@ -9,7 +9,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-__all__ = ["DPOConfig", "PreferenceDataConfig", "reference_model"]
+__all__ = ["DPOConfig", "PreferenceDataConfig", "check_reference_updates", "reference_model"]
 
 LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "sppo_hard", "nca_pair", "dpop", "or", "simpo")
 WITHOUT_REFERENCE = ("or", "simpo")  # DPOTrainer refuses a reference model for these,
@@ -69,6 +69,33 @@ class DPOConfig:
             raise ValueError(f"beta must be above 0, got {self.beta}")
         if not 0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"label_smoothing must be from 0 to 0.5, got {self.label_smoothing}")
+
+
+def check_reference_updates(dpo_config: Any, training_args: Any, resume_from_checkpoint: Any = None) -> None:
+    """Check that ``ref_model_update_steps`` can do what it says in this run, before anything is loaded.
+
+    While the routing is on, ``DPOTrainer.train`` checks it itself.
+
+    Raises:
+        ValueError: updates together with ``resume_from_checkpoint`` (of the argument or of ``training_args``) or with
+            ``gradient_accumulation_steps`` above 1.
+    """
+    steps = getattr(dpo_config, "ref_model_update_steps", -1)
+    if steps <= 0:
+        return
+    checkpoint = resume_from_checkpoint or getattr(training_args, "resume_from_checkpoint", None)
+    if checkpoint:
+        raise ValueError(
+            f"ref_model_update_steps must be -1 with resume_from_checkpoint, got {steps} and {checkpoint}: checkpoints "
+            "hold no reference model, so that the run would go on against another one than it stopped with"
+        )
+    accumulated = getattr(training_args, "gradient_accumulation_steps", 1)
+    if accumulated > 1:
+        raise ValueError(
+            f"ref_model_update_steps must be -1 with gradient_accumulation_steps above 1, got {steps} and "
+            f"{accumulated}: PaddleNLP counts batches as steps there, and would update the reference model too often, "
+            "between the batches of a step, too"
+        )
 
 
 @dataclass

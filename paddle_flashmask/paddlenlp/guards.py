@@ -11,6 +11,7 @@ from typing import Any
 import paddle
 
 from ._common import drops_masks_by_environment
+from .dpo import check_reference_updates
 from .patching import stands_in_for
 from .positions import rotary_trouble
 
@@ -25,6 +26,7 @@ __all__ = [
     "guard_model",
     "guard_preference_batch",
     "guard_prepared_inputs",
+    "guard_reference_updates",
     "guard_sequence_split",
 ]
 
@@ -318,3 +320,16 @@ def guard_dpo_layout(original: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return __init__
+
+
+def guard_reference_updates(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``Trainer.train``, which DPO's trainer inherits: updates of the reference model that go wrong."""
+    read_checkpoint = argument_reader(original, "resume_from_checkpoint")
+
+    @stands_in_for(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "dpo_config"):
+            check_reference_updates(self.dpo_config, self.args, read_checkpoint(args, kwargs))
+        return original(self, *args, **kwargs)
+
+    return train

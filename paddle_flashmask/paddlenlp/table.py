@@ -48,6 +48,11 @@ def patches() -> list[Patch]:
             "ignore_eos_token=True drops a token of every rejected answer of a PreferenceCollator",
         ),
         Patch(
+            "paddlenlp.trainer.trainer:Trainer.train",
+            guards.guard_reference_updates,
+            "DPO's updates of the reference model are lost when resumed, and counted in batches instead of steps",
+        ),
+        Patch(
             "paddlenlp.transformers.dpo_criterion:DPOCriterion.dpo_logps",
             workarounds.all_chosen_tokens,
             "the SFT loss of DPO is divided by too few tokens where a chosen answer holds token 0",
