@@ -23,7 +23,7 @@ from paddlenlp.trl import DPOTrainer, ModelConfig
 from preferences import preference_files
 from reports import MASKS, report
 from rows import first_row_groups, packed_preferences
-from runs import MarginWatch, parse, run_folder, train
+from runs import MarginWatch, check_steps, parse, run_folder, train
 from sft import ExampleArguments, load_model, load_tokenizer
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
@@ -57,6 +57,7 @@ def main() -> None:
     # mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.train_dataset_path)
     dataset, eval_dataset, collator = packed_preferences(tokenizer, data_args, example_args, "dpo", mask)
+    check_steps(training_args, dataset)
 
     # 3. The policy, and the model it is held to: a frozen copy, or itself without its adapters.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_seq_len)

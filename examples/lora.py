@@ -27,7 +27,7 @@ from corpus import write_corpus
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
 from reports import MASKS, report
 from rows import packed_pairs, training_file
-from runs import Watch, parse, run_folder, train
+from runs import Watch, check_steps, parse, run_folder, train
 from sft import PairArguments, load_model, load_tokenizer
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
@@ -106,6 +106,7 @@ def main() -> None:
     # 2. Prompts and answers, packed: before the model, so that a mistake in the data shows early.
     tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
     dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
+    check_steps(training_args, dataset)
 
     # 3. A model with adapters: only they are trained.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)

@@ -48,10 +48,10 @@ def report(title: str, folder: Path, result: dict[str, Any]) -> None:
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("training loss, first and last step", f"{result['losses'][0]:.4f}", f"{result['losses'][-1]:.4f}")
-    before, after = (result["evaluation"] or {"before": {}, "after": {}}).values()
+    before, after = ((result["evaluation"] or {}).get(time) or {} for time in ("before", "after"))
     for key, form in EVALUATED:
         if key in after:
-            table.add_row(f"evaluation {key}", format(before[key], form), format(after[key], form))
+            table.add_row(f"evaluation {key}", shown(before.get(key), form), shown(after[key], form))
     table.add_row("tokens/s", "", shown(result["tokens_per_s"], ",.0f"))
     table.add_row("peak memory, MiB", "", f"{result['peak_mib']:,.0f}")
     console = Console()
@@ -66,7 +66,7 @@ def free_suffix(folder: Path) -> str:
 
 
 def shown(value: float | None, form: str) -> str:
-    """A figure of a table; "-" where there is none, such as the speed of a single step."""
+    """A figure of a table; "-" where there is none, such as the speed of a single step, or what a resumed run was."""
     return "-" if value is None else format(value, form)
 
 

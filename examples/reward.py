@@ -28,7 +28,7 @@ from paddlenlp.trl import ModelConfig
 from preferences import preference_files
 from reports import MASKS, report
 from rows import first_row_groups, packed_preferences
-from runs import MarginWatch, parse, run_folder, train
+from runs import MarginWatch, check_steps, parse, run_folder, train
 from sft import ExampleArguments, load_tokenizer, small_config
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
@@ -69,6 +69,7 @@ def main() -> None:
     dataset, eval_dataset, collator = packed_preferences(
         tokenizer, data_args, example_args, "reward", mask, example_args.share_prompt
     )
+    check_steps(training_args, dataset)
 
     # 3. A decoder with a score head: a causal language model's checkpoint gives the decoder.
     name = model_args.model_name_or_path

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -113,8 +115,42 @@ def run_folder(training_args: Any, compare: bool) -> Path:
         )
     if not Path(checkpoint).is_dir():
         raise SystemExit(f"--resume_from_checkpoint must be a folder that a run has saved, got {checkpoint}")
+    last = last_step(training_args)
+    if last >= training_args.max_steps > 0:
+        # PaddleNLP would train one step more, and the model of that step replace the one that is there.
+        raise SystemExit(
+            f"--max_steps must be above the {last} steps that {checkpoint} has made, got {training_args.max_steps}: "
+            "nothing is left to train"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def last_step(training_args: Any) -> int:
+    """The step from which --resume_from_checkpoint goes on, 0 without it."""
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None or training_args.ignore_load_lr_and_optim:  # which starts again from step 1
+        return 0
+    try:
+        return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            "--resume_from_checkpoint must be a folder checkpoint-N that a run has saved, with its trainer_state.json; "
+            f"got {checkpoint} ({error!r})"
+        ) from error
+
+
+def check_steps(training_args: Any, dataset: Any) -> None:
+    """End the program where there is no step to make, before a model is loaded. `run_folder` knew no rows."""
+    batches = math.ceil(len(dataset) / training_args.per_device_train_batch_size)
+    last = last_step(training_args)
+    if training_args.max_steps <= 0 and last:  # as PaddleNLP counts them
+        steps = max(batches // training_args.gradient_accumulation_steps, 1) * training_args.num_train_epochs
+        if last >= int(steps):
+            raise SystemExit(
+                f"--num_train_epochs {training_args.num_train_epochs:g} are {int(steps)} steps of these rows, and "
+                f"{training_args.resume_from_checkpoint} has made {last}: nothing is left to train"
+            )
 
 
 def memory_mib(field: str) -> float:
@@ -220,9 +256,10 @@ def evaluation(metrics: dict[str, float]) -> dict[str, float]:
 
 def train(trainer: Any, watch: Watch) -> dict[str, Any]:
     """Evaluate if there is a set for it, train or resume, evaluate again, save; what there is to report of it."""
-    evaluates = trainer.eval_dataset is not None
-    before = evaluation(trainer.evaluate()) if evaluates else None
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    evaluates, checkpoint = trainer.eval_dataset is not None, trainer.args.resume_from_checkpoint
+    # PaddleNLP loads the checkpoint when training begins: until then this is the model that the first run began with.
+    before = evaluation(trainer.evaluate()) if evaluates and checkpoint is None else None
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = evaluation(trainer.evaluate()) if evaluates else None
     if trainer.args.save_strategy.value != "no":
         trainer.save_model()

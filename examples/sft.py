@@ -33,7 +33,7 @@ from paddlenlp.transformers.configuration_utils import LlmMetaConfig
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
 from reports import MASKS, report
 from rows import packed_pairs
-from runs import Watch, parse, run_folder, train
+from runs import Watch, check_steps, parse, run_folder, train
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
@@ -136,6 +136,7 @@ def main() -> None:
     # data shows before a large model is loaded.
     tokenizer = load_tokenizer(model_args, data_args.dataset_name_or_path)
     dataset, eval_dataset, collator = packed_pairs(tokenizer, data_args, example_args, mask)
+    check_steps(training_args, dataset)
 
     # 3. A model as always.
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)

@@ -125,6 +125,7 @@ def test_evaluation_and_resume(demo, tmp_path):
     resumed = json.loads((out / "result-2.json").read_text())
     assert (whole["first_step"], resumed["first_step"], resumed["steps"]) == (1, 3, 2)
     np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], rtol=1e-5)
+    assert resumed["evaluation"]["before"] is None, "the model of the first run's beginning, not the checkpoint's"
     assert resumed["evaluation"]["after"]["loss"] == pytest.approx(whole["evaluation"]["after"]["loss"], rel=1e-5)
 
 

@@ -70,8 +70,15 @@ def test_an_unknown_argument_is_refused(parse):
 
 def arguments(**changes):
     """What `run_folder` reads of the training arguments."""
-    plain = {"world_size": 1, "logging_steps": 1, "logging_strategy": IntervalStrategy.STEPS}
-    return SimpleNamespace(**{**plain, "output_dir": "out", "resume_from_checkpoint": None, **changes})
+    plain = {"world_size": 1, "logging_steps": 1, "logging_strategy": IntervalStrategy.STEPS, "output_dir": "out"}
+    steps = {
+        "max_steps": -1,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    resume = {"resume_from_checkpoint": None, "ignore_load_lr_and_optim": False}
+    return SimpleNamespace(**{**plain, **steps, **resume, **changes})
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,7 @@ def arguments(**changes):
         ({"logging_strategy": IntervalStrategy.EPOCH}, False, "got 1 and epoch"),
         ({"resume_from_checkpoint": "."}, True, "--resume_from_checkpoint with --compare true: resume one of the two"),
         ({"resume_from_checkpoint": "checkpoint-9"}, False, "must be a folder that a run has saved, got checkpoint-9"),
+        ({"resume_from_checkpoint": "."}, False, "with its trainer_state.json; got .* .*No such file"),
     ],
 )
 def test_what_no_run_can_keep_is_refused_first(changes, compare, message, parse, tmp_path, monkeypatch):
@@ -89,6 +97,55 @@ def test_what_no_run_can_keep_is_refused_first(changes, compare, message, parse,
     with pytest.raises(SystemExit, match=message):
         importlib.import_module("runs").run_folder(arguments(**changes), compare)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """What a run left after 4 steps, as far as it is read before anything is loaded."""
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 4}')
+    return str(folder)
+
+
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_a_checkpoint_at_the_end_is_not_trained_further(max_steps, checkpoint, parse, tmp_path):
+    """PaddleNLP would make one more step, and its model replace the one that is there."""
+    out = tmp_path / "out"
+    given = {"resume_from_checkpoint": checkpoint, "max_steps": max_steps, "output_dir": str(out)}
+    run_folder = importlib.import_module("runs").run_folder
+    with pytest.raises(
+        SystemExit, match=rf"--max_steps must be above the 4 steps that .*-4 has made, got {max_steps}:"
+    ):
+        run_folder(arguments(**given), False)
+    assert not out.exists()
+    assert run_folder(arguments(**{**given, "max_steps": 5}), False) == out
+    assert run_folder(arguments(**given, ignore_load_lr_and_optim=True), False) == out, "counts from 1 again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"num_train_epochs": 2}, 4),
+        ({"num_train_epochs": 1.5}, 3),
+        ({"num_train_epochs": 4, "gradient_accumulation_steps": 2}, 4),
+        ({"num_train_epochs": 4, "gradient_accumulation_steps": 8}, 4),
+        ({"num_train_epochs": 3}, None),
+        ({"num_train_epochs": 1, "max_steps": 5}, None),
+    ],
+)
+def test_a_checkpoint_at_the_end_of_the_epochs(changes, steps, checkpoint, parse):
+    """Three rows are two batches."""
+    check_steps = importlib.import_module("runs").check_steps
+    check_steps(arguments(**changes), range(3))
+    given = arguments(**changes, resume_from_checkpoint=checkpoint)
+    if steps is None:
+        check_steps(given, range(3))
+    else:
+        with pytest.raises(
+            SystemExit, match=rf"--num_train_epochs .* are {steps} steps of these rows, and .* made 4: "
+        ):
+            check_steps(given, range(3))
 
 
 def test_every_step_is_logged_unless_told_otherwise(parse, monkeypatch, tmp_path):
