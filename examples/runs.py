@@ -18,6 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def new_folder(path: Path) -> Path:
     """Make the folder `path`, or `path`-2, `path`-3, ... if there is one already: no run overwrites another."""
+    if path.name in ("", ".."):  # such as ".": there is nothing to append a number to
+        path = path.resolve()
+    if not path.name:
+        raise SystemExit(f"--output_dir must be a folder that can be made, got {path}")
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:

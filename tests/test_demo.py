@@ -152,6 +152,23 @@ def test_new_folder_never_reuses_one(example_modules, tmp_path):
     assert [path.name for path in made] == ["demo", "demo-2", "demo-3"]
 
 
+@pytest.mark.parametrize("name", [".", "../demo", "deeper/.."])
+def test_new_folder_beside_the_one_that_it_is_in(name, example_modules, tmp_path, monkeypatch):
+    from runs import new_folder
+
+    here = tmp_path / "demo"
+    (here / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert new_folder(Path(name)).resolve() == tmp_path / "demo-2"
+
+
+def test_no_new_folder_beside_the_root(example_modules):
+    from runs import new_folder
+
+    with pytest.raises(SystemExit, match=r"--output_dir must be a folder that can be made, got /"):
+        new_folder(Path("/"))
+
+
 def test_corpus(example_modules, tmp_path):
     from corpus import write_corpus
     from paddlenlp.transformers import PretrainedTokenizerFast
