@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainerCallback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -107,6 +108,10 @@ def run_folder(training_args: Any, compare: bool) -> Path:
             "--logging_steps must be 1 and --logging_strategy steps, because the report needs the loss of every step; "
             f"got {training_args.logging_steps} and {strategy}"
         )
+    # --device is "gpu" unless given, and Paddle decides by itself where there is none.
+    if training_args.fp16 and "cpu" in (training_args.device, paddle.get_device()):
+        # Paddle's GradScaler does nothing there, and PaddleNLP asks after the first step what it has found.
+        raise SystemExit("--fp16 true does not train on a CPU: expected --fp16 false (or --bf16 true), or --device gpu")
     folder, checkpoint = Path(training_args.output_dir), training_args.resume_from_checkpoint
     if checkpoint is None:
         folder = new_folder(folder)

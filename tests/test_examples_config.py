@@ -77,8 +77,8 @@ def arguments(**changes):
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
     }
-    resume = {"resume_from_checkpoint": None, "ignore_load_lr_and_optim": False}
-    return SimpleNamespace(**{**plain, **steps, **resume, **changes})
+    others = {"resume_from_checkpoint": None, "ignore_load_lr_and_optim": False, "device": "cpu", "fp16": False}
+    return SimpleNamespace(**{**plain, **steps, **others, **changes})
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,7 @@ def arguments(**changes):
         ({"world_size": 2}, False, "run in one process, got 2 processes"),
         ({"logging_steps": 10}, False, "--logging_steps must be 1 .* got 10 and steps"),
         ({"logging_strategy": IntervalStrategy.EPOCH}, False, "got 1 and epoch"),
+        ({"fp16": True}, False, "--fp16 true does not train on a CPU"),
         ({"resume_from_checkpoint": "."}, True, "--resume_from_checkpoint with --compare true: resume one of the two"),
         ({"resume_from_checkpoint": "checkpoint-9"}, False, "must be a folder that a run has saved, got checkpoint-9"),
         ({"resume_from_checkpoint": "."}, False, "with its trainer_state.json; got .* .*No such file"),
@@ -97,6 +98,14 @@ def test_what_no_run_can_keep_is_refused_first(changes, compare, message, parse,
     with pytest.raises(SystemExit, match=message):
         importlib.import_module("runs").run_folder(arguments(**changes), compare)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float16_on_a_cpu_is_refused_before_anything_is_made(name, parse, tmp_path):
+    parse(f"{name}-tiny-cpu", "--compare", "false", "--fp16", "true")  # sets the command line
+    with pytest.raises(SystemExit, match=r"--fp16 true does not train on a CPU: .* --device gpu"):
+        importlib.import_module(name).main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
