@@ -17,7 +17,7 @@ import quiet  # noqa: F401
 import sys
 from typing import Literal
 
-from adapters import add_adapters
+from adapters import add_adapters, check_checkpoint
 from compare import compare
 from paddlenlp.trl import DPOTrainer, ModelConfig
 from preferences import preference_files
@@ -43,6 +43,8 @@ def main() -> None:
     model_args, data_args, training_args, dpo_args, example_args = parse_arguments()
     dpo_args.lora = bool(model_args.lora or model_args.lora_path)
     flashmask_nlp.check_reference_updates(dpo_args, training_args)
+    if dpo_args.lora:
+        check_checkpoint(model_args, training_args.resume_from_checkpoint)
     folder = run_folder(training_args, example_args.compare)
     files = preference_files(folder, data_args, example_args, ranks=(0, 3))
     if example_args.compare:

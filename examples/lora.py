@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from adapters import add_adapters, trained_weights
+from adapters import add_adapters, check_checkpoint, trained_weights
 from compare import compare
 from corpus import write_corpus
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
@@ -92,6 +92,7 @@ def prepare(
 
 def main() -> None:
     model_args, data_args, training_args, example_args = parse_arguments()
+    check_checkpoint(model_args, training_args.resume_from_checkpoint)
     folder = run_folder(training_args, example_args.compare)
     prepare(folder, model_args, data_args, training_args, example_args)
     if example_args.compare:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import paddle
-from adapters import add_adapters
+from adapters import add_adapters, check_checkpoint
 from compare import compare
 from paddlenlp.transformers import AutoConfig
 from paddlenlp.transformers.configuration_utils import LlmMetaConfig
@@ -53,6 +53,8 @@ def parse_arguments() -> tuple:
 
 def main() -> None:
     model_args, data_args, training_args, reward_args, example_args = parse_arguments()
+    if model_args.lora or model_args.lora_path:
+        check_checkpoint(model_args, training_args.resume_from_checkpoint)
     folder = run_folder(training_args, example_args.compare)
     files = preference_files(folder, data_args, example_args, ranks=(0, 1, 2, 3))
     if example_args.compare:

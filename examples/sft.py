@@ -37,6 +37,9 @@ from runs import Watch, check_steps, parse, run_folder, train
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
+# How the names of classes end whose checkpoints lack the language model head; score models are examples/reward.py's.
+OTHER_HEADS = ("ForScore", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
 
 @dataclass
 class ExampleArguments(flashmask_nlp.VerifyArguments):
@@ -106,6 +109,12 @@ def load_model(
     paddle.seed(training_args.seed)
     name = model_args.model_name_or_path
     config = AutoConfig.from_pretrained(name) if name else small_config(example_args, tokenizer, length)
+    found = [kind for kind in getattr(config, "architectures", None) or [] if kind.endswith(OTHER_HEADS)]
+    if found:  # PaddleNLP would put a random language model head in the place of what is there
+        raise SystemExit(
+            f"--model_name_or_path {name} holds a {found[0]}, which has no language model head: expected the "
+            "checkpoint of a causal language model"
+        )
     # This is how use_flash_attention, which --flash_mask sets, and recompute reach the model.
     LlmMetaConfig.set_llm_config(config, training_args)
     config.use_cache = False

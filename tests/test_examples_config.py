@@ -450,6 +450,133 @@ def test_adapters(path, also, parse, tmp_path):
     assert all("lora_" in name or "lm_head" in name for name in trained)
 
 
+def tiny_llama(layers=1, kind="LlamaForCausalLM"):
+    import paddlenlp.transformers as models
+
+    import paddle_flashmask.paddlenlp as flashmask_nlp
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers}
+    config = models.LlamaConfig(**sizes, num_attention_heads=2)
+    return (flashmask_nlp.LlamaForScore if kind == "LlamaForScore" else getattr(models, kind))(config)
+
+
+@pytest.fixture
+def adapters_of(parse, tmp_path):
+    """A folder with the adapters of a model, as a LoRA run saves them, in either of PaddleNLP's formats."""
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    def save(net, rank=4, form="pdparams", targets=".*[qv]_proj.*", **settings):
+        folder = tmp_path / "adapters"
+        adapted = LoRAModel(net, LoRAConfig(target_modules=[targets], r=rank, **settings))
+        adapted.mark_only_lora_as_trainable()
+        adapted.save_pretrained(str(folder))
+        if form == "safetensors":
+            (folder / "lora_model_state.pdparams").unlink()
+            from safetensors.numpy import save_file
+
+            weights = {name: weight.numpy() for name, weight in adapted.get_trainable_state_dict().items()}
+            save_file(weights, folder / "peft_model-00001-of-00001.safetensors", {"format": "np"})
+            where = dict.fromkeys(weights, "peft_model-00001-of-00001.safetensors")
+            index = {"metadata": {}, "weight_map": where}
+            (folder / "peft_model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("form", ["pdparams", "safetensors"])
+def test_adapters_that_fit_are_loaded(form, adapters_of, parse):
+    net = tiny_llama()
+    folder = adapters_of(net, form=form)
+    model_args, *_ = parse("dpo-tiny-cpu", "--lora_path", str(folder))
+    got = importlib.import_module("adapters").add_adapters(tiny_llama(), model_args)
+    # PaddleNLP replaces the layers of the model that it puts adapters into.
+    saved = {name: weight.numpy() for name, weight in net.state_dict().items() if "lora_A" in name}
+    assert len(saved) == 2
+    for name, weight in saved.items():
+        assert (got.model.state_dict()[name].numpy() == weight).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "layers", "message"),
+    [
+        ("pdparams", (1, 2), r"4 of 8 do not fit, the first of them .*layers\.1.*lora_A: expected \(16, 4\), got none"),
+        ("pdparams", (2, 1), r"4 of 4 do not fit, the first of them .*layers\.1.*lora_A: expected none, got \(16, 4\)"),
+        ("safetensors", (2, 1), r"4 of 4 do not fit, the first of them .*layers\.1.*lora_A: expected none"),
+    ],
+)
+def test_adapters_of_another_model_are_refused(form, layers, message, adapters_of, parse):
+    """PaddleNLP would train new ones where none fit."""
+    model_args, *_ = parse("dpo-tiny-cpu", "--lora_path", str(adapters_of(tiny_llama(layers[0]), form=form)))
+    with pytest.raises(SystemExit, match=f"--lora_path .* has the adapters of another model: {message}"):
+        importlib.import_module("adapters").add_adapters(tiny_llama(layers[1]), model_args)
+
+
+def test_adapters_of_another_rank_than_written_are_refused(adapters_of, parse):
+    folder = adapters_of(tiny_llama())
+    settings = json.loads((folder / "lora_config.json").read_text())
+    (folder / "lora_config.json").write_text(json.dumps({**settings, "r": 2}))
+    model_args, *_ = parse("dpo-tiny-cpu", "--lora_path", str(folder))
+    with pytest.raises(SystemExit, match=r"4 of 4 do not fit, .*: expected \(16, 2\), got \(16, 4\)"):
+        importlib.import_module("adapters").add_adapters(tiny_llama(), model_args)
+
+
+def test_a_folder_without_adapters_is_refused(adapters_of, parse):
+    folder = adapters_of(tiny_llama())
+    (folder / "lora_model_state.pdparams").unlink()
+    model_args, *_ = parse("dpo-tiny-cpu", "--lora_path", str(folder))
+    with pytest.raises(SystemExit, match=r"4 of 4 do not fit"):
+        importlib.import_module("adapters").add_adapters(tiny_llama(), model_args)
+
+
+@pytest.mark.parametrize("name", ["lora", "dpo", "reward"])
+@pytest.mark.parametrize(
+    ("saved", "given", "message"),
+    [
+        ({"rank": 4}, (), "--lora_rank must be that of --resume_from_checkpoint .*: expected 4, got 8"),
+        ({"rank": 8, "rslora": True}, (), "--rslora must be that of .*: expected True, got False"),
+        (None, (), r"--resume_from_checkpoint must be a folder that a LoRA run has saved, with its lora_config\.json"),
+    ],
+)
+def test_resuming_with_other_adapters_is_refused(saved, given, message, name, adapters_of, parse, tmp_path):
+    """PaddleNLP would go on with new ones."""
+    checkpoint = tmp_path if saved is None else adapters_of(tiny_llama(), **saved)
+    parse(f"{name}-tiny-cpu", "--lora", "true", "--compare", "false", "--resume_from_checkpoint", str(checkpoint))
+    before = list(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=message):
+        importlib.import_module(name).main()
+    assert list(tmp_path.rglob("*")) == before
+
+
+def test_resuming_with_the_same_adapters(adapters_of, parse):
+    check_checkpoint = importlib.import_module("adapters").check_checkpoint
+    folder = str(adapters_of(tiny_llama()))
+    check_checkpoint(parse("lora-tiny-cpu", "--lora_rank", "4")[0], folder)
+    check_checkpoint(parse("lora-tiny-cpu", "--lora_path", folder)[0], folder)
+    check_checkpoint(parse("lora-tiny-cpu")[0], None)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForScore", "LlamaForCausalLM"])
+def test_a_model_without_a_language_model_head_is_refused(kind, parse, tmp_path):
+    """PaddleNLP would train on from a random one."""
+    sft = importlib.import_module("sft")
+    tiny_llama(kind=kind).save_pretrained(str(tmp_path / "model"))
+    model_args, data_args, training_args, example_args = parse(
+        "sft-tiny-cpu", "--model_name_or_path", f"{tmp_path}/model"
+    )
+
+    def load():
+        return sft.load_model(model_args, training_args, example_args, None, data_args.max_length)
+
+    if kind == "LlamaForCausalLM":
+        load()
+    else:
+        with pytest.raises(
+            SystemExit, match=r"--model_name_or_path .*model holds a LlamaForScore, which has no language"
+        ):
+            load()
+
+
 def test_no_model_of_that_name(parse):
     model_args, *_ = parse("sft-tiny-cpu", "--model_name_or_path", "no/such-model")
     sft = importlib.import_module("sft")
