@@ -151,7 +151,15 @@ def last_step(training_args: Any) -> int:
 
 def check_steps(training_args: Any, dataset: Any) -> None:
     """End the program where there is no step to make, before a model is loaded. `run_folder` knew no rows."""
-    batches = math.ceil(len(dataset) / training_args.per_device_train_batch_size)
+    size = training_args.per_device_train_batch_size
+    batches = math.ceil(len(dataset) / size)
+    if training_args.dataloader_drop_last:
+        batches = len(dataset) // size
+        if not batches:
+            raise SystemExit(
+                f"--dataloader_drop_last true leaves no batch of --per_device_train_batch_size {size}: expected at "
+                f"least {size} rows, got {len(dataset)}; or --dataloader_drop_last false"
+            )
     last = last_step(training_args)
     if training_args.max_steps <= 0 and last:  # as PaddleNLP counts them
         steps = max(batches // training_args.gradient_accumulation_steps, 1) * training_args.num_train_epochs

@@ -78,6 +78,7 @@ def arguments(**changes):
         "gradient_accumulation_steps": 1,
     }
     others = {"resume_from_checkpoint": None, "ignore_load_lr_and_optim": False, "device": "cpu", "fp16": False}
+    others["dataloader_drop_last"] = False
     return SimpleNamespace(**{**plain, **steps, **others, **changes})
 
 
@@ -138,6 +139,7 @@ def test_a_checkpoint_at_the_end_is_not_trained_further(max_steps, checkpoint, p
         ({"num_train_epochs": 2}, 4),
         ({"num_train_epochs": 1.5}, 3),
         ({"num_train_epochs": 4, "gradient_accumulation_steps": 2}, 4),
+        ({"num_train_epochs": 3, "dataloader_drop_last": True}, 3),
         ({"num_train_epochs": 4, "gradient_accumulation_steps": 8}, 4),
         ({"num_train_epochs": 3}, None),
         ({"num_train_epochs": 1, "max_steps": 5}, None),
@@ -155,6 +157,31 @@ def test_a_checkpoint_at_the_end_of_the_epochs(changes, steps, checkpoint, parse
             SystemExit, match=rf"--num_train_epochs .* are {steps} steps of these rows, and .* made 4: "
         ):
             check_steps(given, range(3))
+
+
+def test_fewer_rows_than_a_batch_that_is_dropped(parse):
+    """PaddleNLP ends with an UnboundLocalError then."""
+    check_steps = importlib.import_module("runs").check_steps
+    check_steps(arguments(), range(1))
+    check_steps(arguments(dataloader_drop_last=True), range(2))
+    message = "--dataloader_drop_last true leaves no batch of --per_device_train_batch_size 2: .* 2 rows, got 1;"
+    with pytest.raises(SystemExit, match=message):
+        check_steps(arguments(dataloader_drop_last=True), range(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_checked_before_the_model_is_loaded(name, parse, monkeypatch, tmp_path):
+    example = importlib.import_module(name)
+    line, named = {"src": ["What?"], "tgt": ["That."]}, "dataset_name_or_path"
+    if name in ("dpo", "reward"):
+        line, named = {"src": ["What?"], "response": ["That.", "This."], "sort": [1, 0]}, "train_dataset_path"
+    file = tmp_path / "train.json"
+    file.write_text((json.dumps(line) + "\n") * 5)
+    plain = ["--compare", "false", "--flash_mask", "false", "--model_name_or_path", "DIR", f"--{named}", str(file)]
+    parse(f"{name}-tiny-cpu", *plain, "--dataloader_drop_last", "true", "--per_device_train_batch_size", "2")
+    monkeypatch.setattr(example, "load_tokenizer", lambda *given: Tokenizer())
+    with pytest.raises(SystemExit, match="--dataloader_drop_last true leaves no batch of"):
+        example.main()
 
 
 def test_every_step_is_logged_unless_told_otherwise(parse, monkeypatch, tmp_path):
