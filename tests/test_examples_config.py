@@ -49,6 +49,23 @@ def test_parses(config, parse):
     assert parsed["logging_steps"] == 1
 
 
+# max_position_embeddings in the config.json of each.
+POSITIONS = {
+    "Qwen/Qwen2-7B": 131072,
+    "Qwen/Qwen2-7B-Instruct": 32768,
+    "meta-llama/Meta-Llama-3-8B": 8192,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8192,
+}
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if "tiny" not in config])
+def test_no_sample_is_longer_than_the_model_takes(config):
+    """A sample may be as long as a row: nothing else limits it."""
+    written = json.loads((EXAMPLES / "config" / f"{config}.json").read_text())
+    row = written["max_length" if "max_length" in written else "max_seq_len"]
+    assert row <= POSITIONS[written["model_name_or_path"]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_example_has_a_tiny_and_a_real_model(name):
     mine = [config for config in CONFIGS if config.startswith(f"{name}-")]
