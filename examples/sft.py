@@ -38,7 +38,7 @@ from runs import Watch, check_steps, parse, run_folder, train
 import paddle_flashmask.paddlenlp as flashmask_nlp
 
 # How the names of classes end whose checkpoints lack the language model head; score models are examples/reward.py's.
-OTHER_HEADS = ("ForScore", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+OTHER_HEADS = ("ForScore", "RewardModel", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 @dataclass
