@@ -22,7 +22,7 @@ from compare import compare
 from paddlenlp.trl import DPOTrainer, ModelConfig
 from preferences import preference_files
 from reports import MASKS, report
-from rows import first_row_groups, packed_preferences
+from rows import first_row_groups, longest_sample, packed_preferences
 from runs import MarginWatch, check_steps, parse, run_folder, train
 from sft import ExampleArguments, load_model, load_tokenizer
 
@@ -70,6 +70,7 @@ def main() -> None:
         reference = flashmask_nlp.reference_model(model)
     if flash_mask:
         flashmask_nlp.check_model(model)
+    flashmask_nlp.check_positions(model, longest_sample(dataset, eval_dataset))
 
     # 4. PaddleNLP's trainer, untouched.
     watch = MarginWatch(MASKS[mask], data_args.max_seq_len, "rewards/margins")

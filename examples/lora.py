@@ -26,7 +26,7 @@ from compare import compare
 from corpus import write_corpus
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
 from reports import MASKS, report
-from rows import packed_pairs, training_file
+from rows import longest_sample, packed_pairs, training_file
 from runs import Watch, check_steps, parse, run_folder, train
 from sft import PairArguments, load_model, load_tokenizer
 
@@ -114,6 +114,7 @@ def main() -> None:
     model = add_adapters(model, model_args)
     if flash_mask:
         flashmask_nlp.check_model(model)
+    flashmask_nlp.check_positions(model, longest_sample(dataset, eval_dataset))
 
     # 4. PaddleNLP's trainer, untouched. It saves the adapters: give the folder to --lora_path, or LoRAModel.merge().
     watch = Watch(MASKS[mask], data_args.max_length)

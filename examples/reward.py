@@ -27,7 +27,7 @@ from paddlenlp.transformers.configuration_utils import LlmMetaConfig
 from paddlenlp.trl import ModelConfig
 from preferences import preference_files
 from reports import MASKS, report
-from rows import first_row_groups, packed_preferences
+from rows import first_row_groups, longest_sample, packed_preferences
 from runs import MarginWatch, check_steps, parse, run_folder, train
 from sft import ExampleArguments, load_tokenizer, small_config
 
@@ -87,6 +87,7 @@ def main() -> None:
         model = add_adapters(model, model_args, also_trained=[".*score_head.*"])
     if flash_mask:
         flashmask_nlp.check_model(model)
+    flashmask_nlp.check_positions(model, longest_sample(dataset, eval_dataset))
 
     # 4. PaddleNLP's Trainer with a loss over the answers of each prompt.
     watch = MarginWatch(MASKS[mask], data_args.max_seq_len, "margin")

@@ -18,6 +18,10 @@ def training_file(data: str | Path) -> Path:
     return Path(data) / "train.json" if Path(data).is_dir() else Path(data)
 
 
+def longest_sample(*datasets: Any) -> int:
+    return max(dataset.longest_sample for dataset in datasets if dataset is not None)
+
+
 def packed_pairs(
     tokenizer: Any, data_args: Any, example_args: Any, mask: Literal["flashmask", "dense"]
 ) -> tuple[flashmask_nlp.PackedDataset, flashmask_nlp.PackedDataset | None, flashmask_nlp.PackingCollator]:

@@ -32,7 +32,7 @@ from paddlenlp.transformers import (
 from paddlenlp.transformers.configuration_utils import LlmMetaConfig
 from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig, SFTTrainer
 from reports import MASKS, report
-from rows import packed_pairs
+from rows import longest_sample, packed_pairs
 from runs import Watch, check_steps, parse, run_folder, train
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
@@ -151,6 +151,7 @@ def main() -> None:
     model = load_model(model_args, training_args, example_args, tokenizer, data_args.max_length)
     if flash_mask:
         flashmask_nlp.check_model(model)
+    flashmask_nlp.check_positions(model, longest_sample(dataset, eval_dataset))
 
     # 4. PaddleNLP's trainer, untouched. With --flash_mask_verify true the first batch is checked layer by layer.
     watch = Watch(MASKS[mask], data_args.max_length)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from paddlenlp_models import LENGTH, batches, model
+from paddlenlp_models import LENGTH, batches, model, samples
 from paddlenlp_zoo import zoo_model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
@@ -83,3 +83,22 @@ def test_qwen_in_evaluation(setting):
     net = zoo_model("QWenForCausalLM", use_flash_attention=True, seq_length=16, **off)
     net.eval()
     logits(net, SHORT)
+
+
+def test_the_longest_sample_is_looked_at_before_training():
+    llama, glm, long = MADE["Llama"](), MADE["ChatGLMv2"](), 17
+    for net in (llama, glm, llama.llama):
+        flashmask_nlp.check_positions(net, 16)
+        with pytest.raises(ValueError, match=r"longest_sample must be at most the 16 positions of .* got 17"):
+            flashmask_nlp.check_positions(net, long)
+    flashmask_nlp.check_positions(MADE["Llama"](rope_scaling_type="linear", rope_scaling_factor=2.0), 32)
+    flashmask_nlp.check_positions(MADE["Llama"](rope_scaling_type="dynamic_ntk", rope_scaling_factor=2.0), 1000)
+    flashmask_nlp.check_positions(model("Qwen2", max_position_embeddings=16), 1000)  # its table grows
+
+
+def test_longest_samples():
+    assert flashmask_nlp.PackedDataset(samples((5, 12, 9)), 16).longest_sample == 12
+    sample = {"prompt": [1, 2, 3], "responses": [[4, 5, 6, 7, 2], [8, 2]], "sort": [1.0, 0.0]}
+    for share in (True, False):
+        dataset = flashmask_nlp.PreferenceDataset([sample], 64, "reward", share_prompt=share)
+        assert dataset.longest_sample == 8

@@ -12,6 +12,7 @@ from .data import read_pairs
 from .dpo import DPOConfig, PreferenceDataConfig, check_reference_updates, reference_model
 from .families import MODELS
 from .packing import PackedDataset, PackingCollator, encode_pair, pack_lengths
+from .positions import check_positions
 from .preference import encode_preference, read_preferences
 from .reward_loss import listwise_loss, pairwise_loss
 from .shared_prompt import PreferenceCollator, PreferenceDataset
@@ -41,6 +42,7 @@ __all__ = [
     "VerifyArguments",
     "VerifyCallback",
     "check_model",
+    "check_positions",
     "check_reference_updates",
     "disable",
     "enable",

@@ -234,6 +234,11 @@ class PackedDataset(paddle.io.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def longest_sample(self) -> int:
+        """Positions that a model needs, in tokens."""
+        return max(len(tokens) for tokens, _ in self._samples)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row: int64 ``input_ids``, ``labels`` and ``position_ids`` (from 0 in each sample) ``[tokens]``, and
         ``lengths`` ``[samples]``."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import paddle
 
-__all__ = ["rotary_trouble"]
+__all__ = ["check_positions", "rotary_trouble"]
 
 
 def _beyond(name: str, limit: int, position_ids: Any, length: int) -> list[str]:
@@ -21,21 +21,31 @@ def _beyond(name: str, limit: int, position_ids: Any, length: int) -> list[str]:
     ]
 
 
-def _llama(model: Any, position_ids: Any, length: int, packed: bool) -> list[str]:
+def _llama_table(model: Any) -> tuple[str, int, bool] | None:
+    """What its embedding is called, how many positions the table has, and whether it is made anew for longer rows."""
     attention = model.layers[0].self_attn if len(model.layers) else None
     embedding = getattr(attention, "rotary_emb", None)
     table = getattr(embedding, "cos_cached", None)  # [1, positions, 1, dim]; other strategies have none
-    if table is None or length <= table.shape[1]:
+    if table is None:
+        return None
+    name = type(embedding).__name__
+    return name, table.shape[1], name == "LlamaDynamicNTKScalingRotaryEmbedding"
+
+
+def _llama(model: Any, position_ids: Any, length: int, packed: bool) -> list[str]:
+    found = _llama_table(model)
+    if found is None or length <= found[1]:
         return []
-    if type(embedding).__name__ == "LlamaDynamicNTKScalingRotaryEmbedding":
+    name, limit, grows = found
+    if grows:
         if not packed:
             return []  # it grows with the row, as it is meant to
         return [
             f'rope_scaling_type="dynamic_ntk" scales the positions of all samples by the length of the row, here '
-            f"{length}, beyond max_position_embeddings={table.shape[1]}: pack rows of at most that many tokens, or "
+            f"{length}, beyond max_position_embeddings={limit}: pack rows of at most that many tokens, or "
             'take rope_scaling_type="ntk" or "linear"'
         ]
-    return _beyond(type(embedding).__name__, table.shape[1], position_ids, length)
+    return _beyond(name, limit, position_ids, length)
 
 
 def _chatglm(model: Any, position_ids: Any, length: int, packed: bool) -> list[str]:
@@ -71,8 +81,44 @@ def rotary_trouble(model: Any, input_ids: Any, position_ids: Any, packed: bool) 
     tokens = position_ids if position_ids is not None else input_ids
     if tokens is None or not paddle.in_dynamic_mode():
         return []
-    for cls in type(model).__mro__:
+    family = _family(model)
+    return _FAMILIES[family](model, position_ids, tokens.shape[-1], packed) if family in _FAMILIES else []
+
+
+def _family(layer: Any) -> str | None:
+    """The folder of PaddleNLP that the layer's class, or one that it is derived from, comes from."""
+    for cls in type(layer).__mro__:
         parts = cls.__module__.split(".")
-        if parts[:2] == ["paddlenlp", "transformers"] and parts[2:3] and parts[2] in _FAMILIES:
-            return _FAMILIES[parts[2]](model, position_ids, tokens.shape[-1], packed)
-    return []
+        if parts[:2] == ["paddlenlp", "transformers"] and len(parts) > 2 and parts[2] in _FAMILIES:
+            return parts[2]
+    return None
+
+
+def check_positions(model: Any, longest_sample: int) -> None:
+    """Check, before training, that a model's rotary table has a place for each token of the longest sample.
+
+    Rows may be longer: positions start again in each sample. While the routing is on, a batch with positions beyond the
+    table raises in the model's forward; this says so before the first step.
+
+    Args:
+        model: a model, or a LoRA or other wrapper of one. Models whose embeddings grow with the positions always pass.
+        longest_sample: tokens; ``longest_sample`` of a ``PackedDataset`` or ``PreferenceDataset``.
+
+    Raises:
+        ValueError: the table (Llama, ChatGLM2) is shorter; PaddleNLP would read behind it.
+    """
+    for layer in model.sublayers(include_self=True):
+        family = _family(layer)
+        if family == "llama" and hasattr(layer, "layers"):
+            found = _llama_table(layer)
+            name, limit, grows = found if found is not None else ("", 0, True)
+        elif family == "chatglm_v2" and hasattr(layer, "config"):
+            name, limit, grows = "config.max_sequence_length", layer.config.max_sequence_length, False
+        else:
+            continue
+        if not grows and longest_sample > limit:
+            raise ValueError(
+                f"longest_sample must be at most the {limit} positions of {name} in {type(model).__name__}, got "
+                f"{longest_sample}: leave such samples out (a smaller max_length does), or take another model"
+            )
+        return

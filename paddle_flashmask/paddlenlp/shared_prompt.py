@@ -213,6 +213,11 @@ class PreferenceDataset(paddle.io.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def longest_sample(self) -> int:
+        """Positions that a model needs, in tokens: those of a prompt and its longest answer."""
+        return max(int(group.position_ids.max()) + 1 for group in self._groups)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row: int64 ``input_ids``, ``position_ids`` and ``ends`` (row indices) ``[tokens]``; ``branches``
         ``[answers, 3]`` (start, end, number of the group in the row). Only DPO has int64 ``labels`` ``[tokens]``, only
