@@ -12,7 +12,7 @@ import pytest
 from paddlenlp_models import batches, model
 
 import paddle_flashmask.paddlenlp as flashmask_nlp
-from paddle_flashmask.paddlenlp import workarounds
+from paddle_flashmask.paddlenlp import carried, workarounds
 
 FULL_ROWS = (13, 20, 15, 30, 18)
 ROWS = "attn_mask_startend_row_indices"
@@ -74,6 +74,39 @@ def test_pipeline_stages_keep_masks_and_positions_apart(family, given, none_drop
     expected = backbone(batch["input_ids"], **inputs, return_dict=False)
     expected = expected[0] if isinstance(expected, tuple) else expected
     np.testing.assert_allclose(backbone.norm(hidden).numpy(), expected.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_pipeline_stages_recompute(family, monkeypatch):
+    batch = batches(FULL_ROWS)["flashmask"]
+
+    def run(recompute):
+        net = model(family, use_flash_attention=True, recompute_granularity="full", recompute_use_reentrant=False)
+        stages, _ = pipeline_layers(family, net)
+        passed = (batch["input_ids"], None, batch[ROWS], batch["position_ids"])
+        for stage in stages:
+            stage.train()
+            stage.enable_recompute = stage.layerwise_recompute = recompute
+            passed = stage(passed)
+        return stages, (passed[0] ** 2).mean()
+
+    gradients = []
+    for recompute in (False, True):
+        stages, loss = run(recompute)
+        loss.backward()
+        named = [(name, p) for stage in stages for name, p in stage.named_parameters()]
+        gradients.append([(name, p.grad.numpy()) for name, p in named if p.grad is not None])
+    assert len(gradients[0]) > 10
+    for (name, expected), (_, got) in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5 * max(np.abs(expected).max(), 1e-3), err_msg=name)
+
+    _, loss = run(True)
+    monkeypatch.setattr(carried, "is_enabled", lambda: False)
+    try:
+        with pytest.raises((RuntimeError, OSError), match=r"keep it enabled until backward\(\) has ended"):
+            loss.backward()
+    finally:
+        paddle.base.framework._dygraph_tracer()._has_grad = True  # Paddle leaves it off after an error in there
 
 
 @pytest.mark.parametrize("width", [4, 5])

@@ -127,6 +127,41 @@ def test_models_built_before_are_routed_and_restored(family):
     assert_same(got, reference)
 
 
+@pytest.fixture
+def aborted_backward(monkeypatch):
+    """What an error inside backward() leaves behind: gradients switched off, and tensors kept for recomputation."""
+    refined = importlib.import_module("paddlenlp.transformers.refined_recompute")
+    monkeypatch.setattr(refined, "global_rr_queue_dict", {})
+    yield
+    paddle.base.framework._dygraph_tracer()._has_grad = True
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in flashmask_nlp.MODELS if name != "GPTForCausalLM"),
+        ("GPTForCausalLM", {"recompute_granularity": "core_attn"}),
+        ("LlamaForCausalLM", {"recompute_granularity": "core_attn"}),
+        ("LlamaForCausalLM", {"recompute_granularity": "full_attn"}),
+        ("LlamaForCausalLM", {"recompute_use_reentrant": True}),
+        ("MistralForCausalLM", {"recompute_use_reentrant": True}),
+        ("LlamaForCausalLM", {"refined_recompute": {"flash_attn": 1}}),
+    ],
+)
+@pytest.mark.parametrize("mask", ["flashmask", "dense"])
+def test_switched_off_before_recomputation(name, settings, mask, aborted_backward):
+    """The loss would be that of the mask, and the gradients not."""
+    defaults = {"recompute": True, "recompute_granularity": "full", "recompute_use_reentrant": False}
+    net = zoo_model(name, use_flash_attention=mask == "flashmask", **{**defaults, **settings})
+    net.recompute_enable()
+    with flashmask_nlp.enabled():
+        out = net(**batches((13, 20, 15, 30, 18))[mask])
+    loss = out[0] if isinstance(out, tuple) else out
+    # Paddle makes an OSError of it.
+    with pytest.raises((RuntimeError, OSError), match=r"keep it enabled until backward\(\) has ended"):
+        loss.backward()
+
+
 def lora(name):
     # Without experts: PaddleNLP's fail without the routing.
     dense = {"first_k_dense_replace": 2} if name == "DeepseekV3ForCausalLM" else {}

@@ -24,6 +24,7 @@ from .guards import ROW_INDICES, _looks_plain_causal, argument_reader, guard_mod
 from .patching import stands_in_for
 from .positions import rotary_trouble
 from .routing import ROUTED_DEVICES, _refuse_parallel, as_startend_row_indices, refuse_split_heads
+from .switch import is_enabled
 from .watch import report_call
 
 __all__ = [
@@ -206,16 +207,26 @@ def route_gpt(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def carry_through_recompute(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replacement of a modeling file's ``recompute``: what is recomputed during backward finds the row indices too."""
+    """Replacement of a modeling file's ``recompute``: what is recomputed during backward finds the routing again.
+
+    That is the row indices, where they are carried. Without the routing PaddleNLP's own attention would be recomputed,
+    and the gradients be those of another mask than the loss.
+    """
 
     @stands_in_for(original)
     def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         carried = _current.get()
-        if carried is None:
+        if carried is None and not paddle.in_dynamic_mode():
             return original(function, *args, **kwargs)
 
         @functools.wraps(function.forward if isinstance(function, paddle.nn.Layer) else function)
         def run(*args: Any, **kwargs: Any) -> Any:
+            if not is_enabled():
+                # Paddle hands it on from backward() as an OSError that holds this text.
+                raise RuntimeError(
+                    "the routing of paddle_flashmask.paddlenlp was on in the forward pass and is off in backward(), "
+                    "which recomputes the attention: keep it enabled until backward() has ended"
+                )
             with _carrying(carried):
                 return function(*args, **kwargs)
 

@@ -44,7 +44,7 @@ def enable() -> None:
     """Route PaddleNLP's attention with row indices through this package, in the whole process.
 
     Models that exist already are routed too. Calling it again does nothing more. Training with recomputation calls the
-    attention again during ``backward()``: leave the routing on until then.
+    attention again during ``backward()``: leave the routing on until that has ended. With the routing off it raises.
 
     Raises:
         ImportError: PaddleNLP, or a part of it that this package replaces, is missing.

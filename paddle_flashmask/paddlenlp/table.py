@@ -118,4 +118,14 @@ def patches() -> list[Patch]:
                 "pipeline stages mix up masks, row indices and position ids",
             ),
         ]
+        refined = ("rr_recompute",) if folder in ("llama", "qwen2") else ()
+        table += [
+            Patch(
+                f"{_TRANSFORMERS}.{folder}.{file}:{name}",
+                carried.carry_through_recompute,
+                "recomputation would attend otherwise than the forward pass where the routing is switched off between",
+            )
+            for file in ("modeling", "modeling_pp")
+            for name in ("recompute", *refined)
+        ]
     return table + carried_patches()
