@@ -126,8 +126,8 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-TileWord* take_list(Workspace* workspace, const FlashmaskParams& op, int64_t tiles, int64_t words) {
-  return workspace->take<TileWord>(static_cast<int64_t>(op.batch) * op.heads_mask * tiles * words);
+ListWord* take_list(Workspace* workspace, const FlashmaskParams& op, int64_t tiles, int64_t words) {
+  return workspace->take<ListWord>(static_cast<int64_t>(op.batch) * op.heads_mask * tiles * words);
 }
 
 // Sets the tile shape and the workspace parts of `p`; returns the bytes used.

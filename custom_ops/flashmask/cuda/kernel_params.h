@@ -10,7 +10,7 @@
 namespace flashmask {
 
 // Two bits per pair of tiles, 32 pairs to a word: is anything visible, and does it need masking?
-struct TileWord {
+struct ListWord {
   uint32_t active;
   uint32_t partial;
 };
@@ -18,8 +18,8 @@ struct TileWord {
 // Tile classes of one mask. `by_row` holds, for every row tile, the words of its column tiles; `by_column` the other
 // way round. Both are null when the classes follow from the causal flag alone.
 struct TileLists {
-  TileWord* by_row = nullptr;     // [batch * heads_mask, row_tiles, column_words]
-  TileWord* by_column = nullptr;  // [batch * heads_mask, column_tiles, row_words]
+  ListWord* by_row = nullptr;     // [batch * heads_mask, row_tiles, column_words]
+  ListWord* by_column = nullptr;  // [batch * heads_mask, column_tiles, row_words]
   int32_t tile_rows = 0;
   int32_t tile_columns = 0;
   int32_t row_tiles = 0;

@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
     return result;
   };
   const auto vote = [](TileClass tile_class) {
-    return TileWord{__ballot_sync(kAllLanes, tile_class != TileClass::kFullyMasked),
+    return ListWord{__ballot_sync(kAllLanes, tile_class != TileClass::kFullyMasked),
                     __ballot_sync(kAllLanes, tile_class == TileClass::kPartial)};
   };
 
   if (lists.by_row != nullptr) {
     for (int row_tile = blockIdx.y * kWarps + warp; row_tile < lists.row_tiles; row_tile += gridDim.y * kWarps) {
-      const TileWord word = vote(classify(row_tile, lane));
+      const ListWord word = vote(classify(row_tile, lane));
       if (lane == 0) lists.by_row[(mask_head * lists.row_tiles + row_tile) * lists.column_words + column_word] = word;
     }
   }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kWarps * 32) tile_list_kernel(const __grid_con
     for (int item = blockIdx.y * kWarps + warp; item < kTilesPerBlock * lists.row_words; item += gridDim.y * kWarps) {
       const int slot = item % kTilesPerBlock, row_word = item / kTilesPerBlock;
       if (first_tile + slot >= lists.column_tiles) continue;
-      const TileWord word = vote(classify(row_word * 32 + lane, slot));
+      const ListWord word = vote(classify(row_word * 32 + lane, slot));
       active += __popc(word.active);
       if (lane == 0) {
         lists.by_column[(mask_head * lists.column_tiles + first_tile + slot) * lists.row_words + row_word] = word;

@@ -24,8 +24,8 @@ __device__ __forceinline__ bool takes_sparse_schedule(const KernelParams& p) {
 struct TileSpan {
   int first, end, unmasked_first, unmasked_end;
 
-  __device__ __forceinline__ TileWord word(int index) const {
-    TileWord word;
+  __device__ __forceinline__ ListWord word(int index) const {
+    ListWord word;
     word.active = low_bits(end - index * 32) & ~low_bits(first - index * 32);
     word.partial = word.active & ~(low_bits(unmasked_end - index * 32) & ~low_bits(unmasked_first - index * 32));
     return word;
@@ -71,14 +71,14 @@ __device__ __forceinline__ TileSpan rows_of_column_tile(const KernelParams& p, i
 // Yields the active tiles of one list in ascending order. All lanes of a warp hold 32 words together, so one ballot
 // jumps over up to 1,024 skipped tiles. Every warp walks for itself and sees the same sequence.
 //
-// `Words` is a callable: word number -> TileWord. It is called again whenever 32 words are used up, so that it costs
+// `Words` is a callable: word number -> ListWord. It is called again whenever 32 words are used up, so that it costs
 // no registers in between.
 template <typename Words>
 struct TileWalker {
   Words words;
   int count;        // of words
   int chunk = -32;  // first word of the 32 that the lanes hold
-  TileWord mine{0, 0};
+  ListWord mine{0, 0};
 
   __device__ __forceinline__ TileWalker(const Words& words, int count) : words(words), count(count) {}
 
@@ -92,7 +92,7 @@ struct TileWalker {
         chunk = count;  // a further call must not wrap around
         return -1;
       }
-      mine = chunk + lane < count ? words(chunk + lane) : TileWord{0, 0};
+      mine = chunk + lane < count ? words(chunk + lane) : ListWord{0, 0};
       holders = __ballot_sync(kAllLanes, mine.active != 0);
     }
     const int holder = __ffs(holders) - 1;

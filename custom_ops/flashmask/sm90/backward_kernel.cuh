@@ -32,6 +32,10 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
   using Config = typename Layout::Config;
   extern __shared__ __align__(1024) char raw[];
   const uint32_t base = shared_address(raw);
+  // A block starts with 168 registers a thread; what the producers give up, no more, goes to the consumers.
+  constexpr int kStartRegisters = 168, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(kProducerRegisters + Config::kConsumers * kConsumerRegisters <=
+                (1 + Config::kConsumers) * kStartRegisters);
 
   if (threadIdx.x == 0) {
     // Warps that bring rows, take dQ away or manage turns.
@@ -45,7 +49,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
 
   const int warp = uniform(threadIdx.x / 32);
   if (warp < kWarpgroup / 32) {
-    shrink_registers<24>();
+    shrink_registers<kProducerRegisters>();
     if constexpr (Config::kWide) {
       if (warp == 0) {
         bring_wide_rows<kHeadDim>(p, maps, base);
@@ -66,7 +70,7 @@ __global__ void __launch_bounds__(BackwardConfig<kHeadDim>::kThreads, 1)
       bring_keys<kHeadDim>(p, maps, base);
     }
   } else {
-    grow_registers<240>();
+    grow_registers<kConsumerRegisters>();
     if constexpr (Config::kWide) {
       WideConsumer<T, kHeadDim, kDeterministic> consumer(base);
       if (warp < 2 * kWarpgroup / 32) {

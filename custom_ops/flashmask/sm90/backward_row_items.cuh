@@ -220,7 +220,7 @@ struct RowItem {
     const int batch = batch_head / heads_q, head = batch_head - batch * heads_q;
     const int64_t mask_index =
         static_cast<int64_t>(batch) * p.op.heads_mask + mask_head(head, heads_q, p.op.heads_mask);
-    const TileWord* words = p.lists.by_column + mask_index * p.lists.column_tiles * p.lists.row_words + first_tile / 32;
+    const ListWord* words = p.lists.by_column + mask_index * p.lists.column_tiles * p.lists.row_words + first_tile / 32;
     static_assert(32 % kRowTilesPerItem == 0);
     int seen_by = 0;
 #pragma unroll

@@ -127,7 +127,7 @@ struct BackwardScheduler {
  private:
   // The list of the column tile under its first mask will soon be read.
   static __device__ __forceinline__ void prefetch_list(const KernelParams& p, const BackwardBlock& block) {
-    constexpr int kWordsOfLine = 128 / sizeof(TileWord);
+    constexpr int kWordsOfLine = 128 / sizeof(ListWord);
     const int word = threadIdx.x % 32 * kWordsOfLine;
     if (p.lists.by_column == nullptr || word >= p.lists.row_words) return;
     const int64_t list = block.first_mask(p.op) * static_cast<int64_t>(p.lists.column_tiles) + block.column_tile;

@@ -25,7 +25,7 @@ __device__ __forceinline__ int turns_before(const KernelParams& p, int64_t mask_
   if (p.lists.by_row == nullptr) {  // all up to the last one are active
     return columns_of_row_tile<Config::kRows, Config::kColumns>(p, row_tile).end - column_tile - 1;
   }
-  const TileWord* words = p.lists.by_row + (mask_index * p.lists.row_tiles + row_tile) * p.lists.column_words;
+  const ListWord* words = p.lists.by_row + (mask_index * p.lists.row_tiles + row_tile) * p.lists.column_words;
   int before = 0;
 #pragma unroll 2  // loads at a time: few registers
   for (int index = threadIdx.x % 32 + column_tile / 32; index < p.lists.column_words; index += 32) {

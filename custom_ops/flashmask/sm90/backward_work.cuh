@@ -19,7 +19,7 @@ struct BackwardMaps {
   CUtensorMap dk, dv;        // where kGradientsByDs, of a warp's 16 keys
 };
 
-// A column tile of a key head.
+// A column tile of a key head. (Of rows to prepare or to finish `head_k` is a query head, `column_tile` a row item.)
 struct ColumnWork {
   int batch;  // -1: no work is left
   int head_k;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& p, const Backw
     const int first = block.first_row_tile, row_words = p.lists.row_words;
     const auto around = [&](int index) {
       const int number = first / 32 + index;
-      TileWord word = words(number < row_words ? number : number - row_words);
+      ListWord word = words(number < row_words ? number : number - row_words);
       if (index == 0) word.active &= ~low_bits(first % 32);
       if (index == row_words) word.active &= low_bits(first % 32);
       return word;

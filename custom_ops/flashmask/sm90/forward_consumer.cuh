@@ -59,6 +59,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   static_assert(kParts == 1 || (Config::kMasksByNeed && !Config::kTakesTurns));
   using WholeTile = TilePart<true, true>;
   const int lane = thread % 32, warp = warpgroup * 4 + thread / 32;
+  static_assert(kForwardTurnBarrier + Config::kConsumers <= kEpilogueBarrier);
   const Turn<Config::kConsumers, Config::kTakesTurns> turn{warpgroup};
   turn.start();
 
@@ -244,11 +245,11 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
   // and Q if the row tile is; masks; exponentials (weigh of softmax.cuh); then the next K where that was not waited for
   // before, and the next row tile where there are registers for it. Returns whether references have to move.
   const auto scores_to_weights = [&](auto is_first, auto part, const auto& halfway) {
-    constexpr bool kFirst = decltype(is_first)::value, kLeaves = decltype(part)::kLeaves;
+    constexpr bool kFirstOfRows = decltype(is_first)::value, kLeaves = decltype(part)::kLeaves;
     fence_registers(scores);
     if (kLeaves) release_k();
     // All that most tiles do not need, behind one jump: each costs as much as twenty instructions.
-    if (kFirst || special != 0) {
+    if (kFirstOfRows || special != 0) {
       if (kLeaves && ended != 0) release_q();
       if (p.negative_scale) {
         // References are largest scores, so it is their sign that changes.
@@ -259,7 +260,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
         }
       }
       take_mask(part);
-      if (kFirst || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
+      if (kFirstOfRows || softmax.lacks_reference) softmax.find_references(scores, p.scale_log2);
       if (kSkips > 0 && decltype(part)::kEnters) settle_v();
       special_bits = p.negative_scale || softmax.lacks_reference ? kEveryTile : kSpecialTile;
     }
@@ -267,7 +268,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const ForwardMaps
     fence_registers(scores);  // the exponentials belong here, while P V runs
     if (kLeaves && !Config::kWaitsForKeysEarly && ended == 0) wait_k();
     if (kLeaves && Config::kLooksAhead && ended != 0) look_ahead();
-    return !kFirst && large;  // of a first tile, no weight is above one
+    return !kFirstOfRows && large;  // of a first tile, no weight is above one
   };
   const auto pack_weights = [&] {
 #pragma unroll

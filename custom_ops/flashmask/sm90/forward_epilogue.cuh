@@ -13,7 +13,7 @@
 
 namespace flashmask::sm90 {
 
-constexpr int kEpilogueBarrier = 5;  // named barriers: one for each consumer warpgroup
+constexpr int kEpilogueBarrier = 5;  // named barriers: one for each consumer warpgroup, behind those of turns
 
 template <typename T, typename Layout>
 __device__ __forceinline__ void write_output(const KernelParams& p, const CUtensorMap& map, uint32_t shared,

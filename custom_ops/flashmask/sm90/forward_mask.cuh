@@ -10,8 +10,8 @@
 
 namespace flashmask::sm90 {
 
-// How many bounds of a column say which rows are masked. Each form has code of its own: what mask warps do for a tile
-// takes turns at the instruction units with what the consumers do.
+// How many ends of intervals of a column, the causal one included, say which rows are masked. Each form has code of its
+// own: what mask warps do for a tile takes turns at the instruction units with what the consumers do.
 enum class MaskForm {
   kTwo,    // from lower_start on, and before upper_end
   kThree,  // from lower_start to lower_end, and before upper_end

@@ -8,8 +8,8 @@
 #include "../cuda/tile_lists.cuh"
 #include "barrier.cuh"
 #include "forward_config.h"
+#include "forward_work.cuh"
 #include "ring.cuh"
-#include "schedule.cuh"
 
 namespace flashmask::sm90 {
 
@@ -38,9 +38,9 @@ __device__ __forceinline__ uint32_t masked_warpgroups(uint32_t flags) {
 template <int kConsumers, int kColumns, int kParts>
 struct OrderWalker {
   const KernelParams& p;
-  const TileWord* list;  // of the first warpgroup's rows; null: only the causal flag masks
+  const ListWord* list;  // of the first warpgroup's rows; null: only the causal flag masks
   int list_row, chunk = -32;
-  TileWord mine[kConsumers];
+  ListWord mine[kConsumers];
 
   __device__ __forceinline__ OrderWalker(const KernelParams& p, int64_t mask_index, int row_tile)
       : p(p), list(nullptr), list_row(row_tile * kConsumers) {
@@ -48,11 +48,11 @@ struct OrderWalker {
       list = p.lists.by_row + (mask_index * p.lists.row_tiles + list_row) * p.lists.column_words;
     }
 #pragma unroll
-    for (int w = 0; w < kConsumers; ++w) mine[w] = TileWord{0, 0};
+    for (int w = 0; w < kConsumers; ++w) mine[w] = ListWord{0, 0};
   }
 
-  __device__ __forceinline__ TileWord word(int w, int index) const {
-    if (index >= p.lists.column_words || list_row + w >= p.lists.row_tiles) return TileWord{0, 0};
+  __device__ __forceinline__ ListWord word(int w, int index) const {
+    if (index >= p.lists.column_words || list_row + w >= p.lists.row_tiles) return ListWord{0, 0};
     if (list != nullptr) return list[w * p.lists.column_words + index];
     return columns_of_row_tile<kRowsPerWarpgroup, kColumns / kParts>(p, list_row + w).word(index);
   }
