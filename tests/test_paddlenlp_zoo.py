@@ -152,6 +152,9 @@ def test_which_masks_count_as_causal(folder):
         for name, mask in others.items():
             assert not is_casual_mask(form(mask)), name
     assert not is_casual_mask(additive(causal, "float32", -2.0)), "a bias hides nothing"
+    biased = additive(causal, "float32")
+    biased[1, 0, 4, 2] = -2.0
+    assert not is_casual_mask(biased)
 
 
 @pytest.mark.parametrize("mask", ["dense", "none"])

@@ -219,7 +219,9 @@ def carry_through_recompute(original: Callable[..., Any]) -> Callable[..., Any]:
         if carried is None and not paddle.in_dynamic_mode():
             return original(function, *args, **kwargs)
 
-        @functools.wraps(function.forward if isinstance(function, paddle.nn.Layer) else function)
+        target = function.forward if isinstance(function, paddle.nn.Layer) else function
+
+        @functools.wraps(target)
         def run(*args: Any, **kwargs: Any) -> Any:
             if not is_enabled():
                 # Paddle hands it on from backward() as an OSError that holds this text.
@@ -230,6 +232,8 @@ def carry_through_recompute(original: Callable[..., Any]) -> Callable[..., Any]:
             with _carrying(carried):
                 return function(*args, **kwargs)
 
+        # Of a replaced method `wraps` copies the signature with self, by which Paddle would take the arguments apart.
+        run.__signature__ = inspect.signature(target)  # type: ignore[attr-defined]
         return original(run, *args, **kwargs)
 
     return recompute

@@ -126,8 +126,15 @@ def exactly_causal(original: Callable[..., Any]) -> Callable[..., Any]:
             return False  # unknown while a static program is built: dense attention is right for every mask
         if not paddle.is_floating_point(attention_mask):
             return _is_lower_triangle(attention_mask.astype("bool"))
-        # Anything between, a bias for instance, is on neither side and makes the two triangles differ.
-        return _is_lower_triangle(attention_mask == 0) and _is_lower_triangle(attention_mask > _HIDDEN)
+        length = attention_mask.shape[-1]
+        if attention_mask.shape[-2] != length:
+            return False
+        # What the mask would have to be, with the number that it hides with, so that one comparison is enough. A mask
+        # with several such numbers counts as another mask, which costs time and no more.
+        hides = attention_mask.reshape([-1, length, length])[0, :1, -1:].astype("float32")
+        hides = paddle.minimum(hides, paddle.full_like(hides, _HIDDEN))
+        causal = paddle.triu(hides.expand([length, length]), 1)  # in float32: on a CPU triu knows no bfloat16
+        return bool((attention_mask == causal.astype(attention_mask.dtype)).all())
 
     return is_casual_mask
 
