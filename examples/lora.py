@@ -54,20 +54,22 @@ def prepare(
     base = folder / "base"
     trains_base = model_args.model_name_or_path is None and not base.exists()
     own_data = data_args.dataset_name_or_path
+    data = folder / "data"
+    writes_data = not own_data and not (data / "train.json").exists()  # a resumed run takes what is there
     if own_data and trains_base:
         # A wrong name or format shows before the base is trained.
         next(flashmask_nlp.read_pairs(training_file(own_data)), None)
-    if not own_data or trains_base:
+    if writes_data or trains_base:
         print("Reading the docstrings of Python's standard library", flush=True)
         file, tokenizer = write_corpus(folder / "base-data", example_args.vocab_size)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         file.write_text("".join(lines[::2]), encoding="utf-8")
-        if not own_data:
-            data = folder / "data"
+        if writes_data:
             data.mkdir(exist_ok=True)
             (data / "train.json").write_text("".join(lines[1::2]), encoding="utf-8")
             (data / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-            data_args.dataset_name_or_path = str(data)
+    if not own_data:
+        data_args.dataset_name_or_path = str(data)
     if model_args.model_name_or_path is None:
         model_args.model_name_or_path = str(base)
         if trains_base:

@@ -108,6 +108,8 @@ def run_folder(training_args: Any, compare: bool) -> Path:
             "--logging_steps must be 1 and --logging_strategy steps, because the report needs the loss of every step; "
             f"got {training_args.logging_steps} and {strategy}"
         )
+    if training_args.device == "cpu":  # PaddleNLP's trainers leave it to the script
+        paddle.set_device("cpu")
     # --device is "gpu" unless given, and Paddle decides by itself where there is none.
     if training_args.fp16 and "cpu" in (training_args.device, paddle.get_device()):
         # Paddle's GradScaler does nothing there, and PaddleNLP asks after the first step what it has found.

@@ -130,9 +130,11 @@ def main() -> None:
         raise SystemExit("--lora true or --lora_path: this example trains all weights; use examples/lora.py")
     folder = run_folder(training_args, example_args.compare)
     if data_args.dataset_name_or_path is None:
-        data_args.dataset_name_or_path = str(folder / "data")
-        print("Reading the docstrings of Python's standard library", flush=True)
-        write_corpus(folder / "data", example_args.vocab_size)
+        data = folder / "data"
+        data_args.dataset_name_or_path = str(data)
+        if not (data / "train.json").exists():  # a resumed run takes what is there
+            print("Reading the docstrings of Python's standard library", flush=True)
+            write_corpus(data, example_args.vocab_size)
     if example_args.compare:
         compare(__file__, sys.argv[1:], folder, data_args.dataset_name_or_path)
         return

@@ -634,3 +634,25 @@ def test_data_without_a_model_needs_a_tokenizer(data, parse, tmp_path):
     sft = importlib.import_module("sft")
     with pytest.raises(FileNotFoundError, match=r"beside the data: there is no .*tokenizer\.json"):
         sft.load_tokenizer(model_args, str(tmp_path / data))
+
+
+def test_a_resumed_run_takes_the_data_that_is_there(parse, tmp_path, monkeypatch):
+    """A person may have changed it."""
+    model_args, data_args, training_args, example_args = parse("lora-llama3-8b", "--model_name_or_path", "there")
+    lora = importlib.import_module("lora")
+    data_args.dataset_name_or_path = None
+    written = tmp_path / "data" / "train.json"
+    written.parent.mkdir()
+    written.write_text("mine")
+    monkeypatch.setattr(lora, "write_corpus", lambda *_: pytest.fail("written anew"))
+    lora.prepare(tmp_path, model_args, data_args, training_args, example_args)
+    assert data_args.dataset_name_or_path == str(written.parent)
+
+    sft = importlib.import_module("sft")
+    monkeypatch.setattr(sft, "write_corpus", lambda *_: pytest.fail("written anew"))
+    monkeypatch.setattr(sft, "run_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(sft, "compare", lambda *arguments: seen.append(arguments[3]))
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--output_dir", str(tmp_path), "--compare", "true", "--device", "cpu"])
+    sft.main()
+    assert seen == [str(written.parent)]
