@@ -56,10 +56,9 @@ def gathered(local: Any, worker: Worker, group: Any | None) -> Any:
     """The parts of all workers, by rank along a new first axis. All have the same shape and dtype."""
     if worker.workers == 1:
         return local.unsqueeze(0)
+    # Into one buffer: asked for a list, Paddle copies the parts out of such a one.
     parts = paddle.empty([worker.workers, *local.shape], local.dtype)
-    dist.stream.all_gather(
-        parts, local.contiguous(), group=group
-    )  # asked for a list, Paddle copies out of such a buffer
+    dist.stream.all_gather(parts, local.contiguous(), group=group)
     return parts
 
 
